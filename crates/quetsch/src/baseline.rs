@@ -1,0 +1,1 @@
+//! The plain baseline: TF-IDF and a linear classifier.

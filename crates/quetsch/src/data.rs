@@ -1,0 +1,1 @@
+//! Labelled texts: reading, sniffing, splitting, checking.

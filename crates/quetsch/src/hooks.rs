@@ -1,0 +1,1 @@
+//! Hooks for [`With`](crate::ops::With): recording and masks.

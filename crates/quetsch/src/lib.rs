@@ -1,0 +1,22 @@
+//! BERT-style text classifiers as data: shapes, checkpoints, pruning surgery, quantisation, CPU inference and
+//! evaluation. Start reading at [`ops`] (the one forward) and [`spec`] (the one table of tensors).
+
+pub mod atomic;
+pub mod baseline;
+pub mod batch;
+pub mod checkpoint;
+pub mod cost;
+pub mod data;
+pub mod dir;
+pub mod error;
+pub mod hooks;
+pub mod metrics;
+pub mod ops;
+pub mod prune;
+pub mod quant;
+pub mod rng;
+pub mod runtime;
+pub mod spec;
+pub mod tokenizer;
+
+pub use error::{Error, Result};

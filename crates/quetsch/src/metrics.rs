@@ -1,0 +1,1 @@
+//! How good a classifier is: accuracy, F1, agreement, paired tests.

@@ -1,0 +1,1 @@
+//! Pruning is score, plan, apply: groups of coupled slices, a printable plan, and surgery.

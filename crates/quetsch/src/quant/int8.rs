@@ -1,0 +1,34 @@
+//! 8-bit rows in the layout of bitsandbytes LLM.int8() (Dettmers et al. 2022): `weight` I8 `[out, in]`, `SCB` F32
+//! `[out]` = row absmax; w = q * SCB / 127.
+
+/// What an int8 linear does with its input.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Int8Input {
+    /// int8 per token with the row's own absmax, at run time (scheme `int8`).
+    Dynamic,
+    /// LLM.int8(): as `Dynamic`, but columns with an element >= threshold are computed in float (scheme `bnb-int8`).
+    Mixed {
+        /// Outlier threshold, 6.0 in bitsandbytes; 0 turns outliers off.
+        threshold: f32,
+    },
+}
+
+/// An int8 matrix with one scale per output row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Int8Rows {
+    /// `[out, in]`, row-major.
+    pub values: Vec<i8>,
+    /// Row absmax, not divided by 127. `[out]`
+    pub scb: Vec<f32>,
+    /// How its input is quantised.
+    pub input: Int8Input,
+}
+
+impl Int8Rows {
+    /// w = q * SCB / 127. `[out * in]`
+    pub fn dequantise(&self) -> Vec<f32> {
+        let k = self.values.len() / self.scb.len().max(1);
+        let row = |(q, s): (&[i8], &f32)| q.iter().map(|&q| q as f32 * s / 127.0).collect::<Vec<_>>();
+        self.values.chunks(k.max(1)).zip(&self.scb).flat_map(row).collect()
+    }
+}

@@ -1,0 +1,1 @@
+//! Inference on the CPU: packed weights, workspaces, whole classifiers.

@@ -1,0 +1,36 @@
+"""Writes the project's golden fixtures: python scripts/make_fixtures.py [PART ..]   (parts: see PARTS; default all)
+
+Pins (requirements.txt): Python 3.11, torch 2.15.0, transformers 4.57.6, bitsandbytes 0.50.2, CPU, one thread.
+The parts are independent but for `bnb`, which quantises fixtures/tiny_student.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import gradient_fixtures
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+SEED = 42
+
+
+def gradients():
+    gradient_fixtures.write(FIXTURES / "gradients", SEED)
+
+
+PARTS = {"gradients": gradients}
+
+
+def main():
+    torch.set_num_threads(1)
+    for part in sys.argv[1:] or PARTS:
+        print(part)
+        PARTS[part]()
+    for path in sorted(FIXTURES.rglob("*")):
+        if path.is_file() and path.stat().st_size >= 300_000:
+            sys.exit(f"{path} has {path.stat().st_size} bytes, expected fewer than 300,000")
+
+
+if __name__ == "__main__":
+    main()

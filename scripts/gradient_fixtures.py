@@ -4,11 +4,11 @@ transformers cannot hold a layer without heads or FFN widths that differ, so the
 written out here. Sentences run one at a time: there is no padding and no mask, as in a ragged batch.
 """
 
-import json
-
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+
+from fixture_files import dump, empty
 
 HIDDEN, HEAD_DIM, ORIGINAL_HEADS, VOCAB, POSITIONS, TYPES, LABELS, EPS = 24, 8, 6, 30, 16, 2, 3, 1e-12
 LAYERS = [([0, 2, 5], 20), ([], 12), ([3], 8)]  # (surviving heads, feed-forward width)
@@ -183,7 +183,7 @@ def differences(a, b):
 
 def write(folder, seed):
     """Writes FOLDER/{student,pooler}.{safetensors,json}."""
-    folder.mkdir(parents=True, exist_ok=True)
+    empty(folder)
     for i, kind in enumerate(PREFIX):
         weights = random_weights(kind, seed + i)
         teacher = 2 * torch.randn(len(IDS), LABELS, generator=torch.Generator().manual_seed(seed + 10))
@@ -232,4 +232,4 @@ def write(folder, seed):
                 "(softmax does not see a shift of a row), so Adam turns rounding noise into steps.",
             ],
         }
-        (folder / f"{kind}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        dump(folder / f"{kind}.json", facts)

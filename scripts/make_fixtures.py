@@ -4,26 +4,34 @@ Pins (requirements.txt): Python 3.11, torch 2.15.0, transformers 4.57.6, bitsand
 The parts are independent but for `bnb`, which quantises fixtures/tiny_student.
 """
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 import torch
+import transformers
 
 import gradient_fixtures
+import tiny_models
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SEED = 42
 
 
-def gradients():
-    gradient_fixtures.write(FIXTURES / "gradients", SEED)
-
-
-PARTS = {"gradients": gradients}
+PARTS = {
+    "gradients": lambda: gradient_fixtures.write(FIXTURES / "gradients", SEED),
+    "tiny_student": lambda: tiny_models.tiny_student(FIXTURES),
+    "tiny_bert": lambda: tiny_models.tiny_bert(FIXTURES),
+    "bnb": lambda: tiny_models.bnb(FIXTURES),
+}
 
 
 def main():
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Some non-default generation parameters")  # max_length in config.json
+    logging.disable(logging.WARNING)  # bitsandbytes repeats "inputs will be cast" at every matrix product
     for part in sys.argv[1:] or PARTS:
         print(part)
         PARTS[part]()

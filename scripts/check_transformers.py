@@ -19,6 +19,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
+BITSANDBYTES = torch.library.Library("bitsandbytes", "IMPL")  # kept: its kernels live as long as it does
+
+
 class StudentHFModel(BertPreTrainedModel):
     """BERT `backbone`, masked mean pooling, a two-layer `head`; heads pruned as config.student_pruned_heads says."""
 
@@ -55,13 +58,32 @@ def prune_heads(attention, heads):
     attention.output.dense = nn.Linear(width, attention.output.dense.out_features)
 
 
+def decode_exactly():
+    """Replaces the CPU decoder of 4-bit weights by the plain one that bitsandbytes also has.
+
+    The AVX-512 kernel of 0.50.2 is wrong where in_features is a multiple of 16 and not of 64 (96, 224, 288 ..), which
+    is common after pruning heads: blocks of 64 run over the flat weight, the kernel starts one in each row.
+    """
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+    from bitsandbytes.backends.utils import _get_4bit_code
+
+    def dequantize(a, absmax, blocksize, quant_type, shape, dtype):
+        code = _get_4bit_code(quant_type, a.device)
+        return _dequantize_4bit_compute(a.view(torch.uint8).reshape(-1), absmax, code, blocksize, shape, dtype)
+
+    BITSANDBYTES.impl("dequantize_4bit", dequantize, "CPU", allow_override=True)
+
+
 def load(folder, trust_remote_code=False):
     """-> (model, loading info). Quantised linears stay so; everything else becomes f32."""
     config = json.loads((folder / "config.json").read_text())
     student = "StudentHFModel" in config.get("architectures", []) and not trust_remote_code
     options = {"dtype": torch.float32, "output_loading_info": True}
+    if config.get("pruned_heads") and int(transformers.__version__.split(".")[0]) >= 5:
+        sys.exit(f"{folder}: transformers 5 no longer reads pruned_heads; export the dense or the remote-code layout")
     if "quantization_config" in config:
         options["device_map"] = {"": "cpu"}
+        decode_exactly()
     if not student:
         options |= {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
     model, info = (StudentHFModel if student else AutoModelForSequenceClassification).from_pretrained(folder, **options)

@@ -149,7 +149,8 @@ def run(kind, weights, teacher, dtype):
 
     adam = optimiser(w)
     factor = torch.optim.lr_scheduler.LambdaLR(adam, schedule)
-    steps = {"loss": [], "ce": [], "kl_times_t2": [], "gradient_norm": [], "learning_rate": [], "head_learning_rate": []}
+    names = ["loss", "ce", "kl_times_t2", "gradient_norm", "learning_rate", "head_learning_rate"]
+    steps = {name: [] for name in names}
     for _ in range(STEPS):
         total, ce, kl = kd_loss(forward(w, kind)[0], teacher, targets, ALPHA, T)
         adam.zero_grad()

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import gradient_fixtures
+import number_fixtures
 import tiny_models
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -24,6 +25,8 @@ PARTS = {
     "tiny_student": lambda: tiny_models.tiny_student(FIXTURES),
     "tiny_bert": lambda: tiny_models.tiny_bert(FIXTURES),
     "bnb": lambda: tiny_models.bnb(FIXTURES),
+    "losses": lambda: number_fixtures.losses(FIXTURES, SEED),
+    "metrics": lambda: number_fixtures.metrics(FIXTURES, SEED + 1),
 }
 
 

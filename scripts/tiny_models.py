@@ -1,7 +1,6 @@
 """fixtures/tiny_student, tiny_bert and bnb: small random models as transformers writes them, and what they answer."""
 
 import json
-import shutil
 
 import bitsandbytes
 import torch
@@ -15,7 +14,7 @@ MAX_LENGTH = 16
 WORDS = """
 i my the a an is are was to of on in at for and not it you your what why how when where can do did has have been will
 with this that from me we card cash account money bank transfer payment pin fee top up charge charged twice lost stolen
-new app apple pay change open close wait still need want help please why' don ' t s m ve abroad atm machine swallow
+new app apple pay change open close wait still need want help please don ' t s m ve abroad atm machine swallow
 balance update identity check spare cafe uber resume naive
 """.split()
 PIECES = """
@@ -23,7 +22,9 @@ ing ed er est ly s es ion tion al able ness ment ful less un re ##a ##b ##c ##d 
 ##n ##o ##p ##q ##r ##s ##t ##u ##v ##w ##x ##y ##z ##0 ##1 ##2 ##3 ##4 ##5 ##6 ##7 ##8 ##9 ##ing ##ed ##er ##ly ##es
 ##tion ##al ##ness ##ment ##card ##up
 """.split()
-CHARACTERS = list("!\"#$%&()*+,-./:;?@[]_~0123456789abcdefghijklmnopqrstuvwxyz€£") + list("我的银行卡丢了日本") + ["α", "ж"]
+CHARACTERS = (
+    list('!"#$%&()*+,-./:;?@[]_~0123456789abcdefghijklmnopqrstuvwxyz€£') + list("我的银行卡丢了日本") + ["α", "ж"]
+)
 TEXTS = [
     "I lost my card, what can I do?",
     "Why was I charged TWICE for the payment at the café?",
@@ -43,7 +44,10 @@ TEXTS = [
 PAIRS = [
     ["I lost my card", "what can I do?"],
     ["", "the fee"],
-    ["the transfer has not arrived and I still wait for the money", "why is the balance not up to date in the new app?"],
+    [
+        "the transfer has not arrived and I still wait for the money",
+        "why is the balance not up to date in the new app?",
+    ],
 ]
 
 
@@ -65,7 +69,8 @@ def randomise(model, seed):
 @torch.no_grad()
 def centre(model, bias, tokenizer):
     """Moves the last bias so that the predictions are not all of one class."""
-    bias -= model(**tokenizer(TEXTS, padding=True, return_tensors="pt", truncation=True, max_length=MAX_LENGTH)).logits.mean(0)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt", truncation=True, max_length=MAX_LENGTH)
+    bias -= model(**inputs).logits.mean(0)
 
 
 @torch.no_grad()

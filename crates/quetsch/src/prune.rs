@@ -18,3 +18,6 @@ pub use apply::{apply, dense, keep_layers};
 pub use budget::{Amount, Budget, ByLayer, Cut, Scope};
 pub use plan::{Parent, ParentLayer, Plan, VERSION, fingerprint, masks, plan};
 pub use scores::{Magnitude, Scores, magnitude};
+
+#[cfg(test)]
+mod tests;

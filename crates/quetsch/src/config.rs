@@ -181,16 +181,13 @@ impl Parser<'_> {
         if let Some(found) = self.text("model_type")?
             && !MODEL_TYPES.contains(&found.as_str())
         {
-            return self.bad(format!(
-                "model_type {found:?} is not supported; supported are: {}",
-                MODEL_TYPES.join(", ")
-            ));
+            return self
+                .bad(format!("model_type {found:?} is not supported; supported are: {}", MODEL_TYPES.join(", ")));
         }
         if let Some(found) = self.text("position_embedding_type")?
             && found != "absolute"
         {
-            return self
-                .bad(format!("position_embedding_type {found:?} is not supported; supported is: absolute"));
+            return self.bad(format!("position_embedding_type {found:?} is not supported; supported is: absolute"));
         }
         for key in ["is_decoder", "add_cross_attention"] {
             if self.get(key) == Some(&Value::Bool(true)) {
@@ -278,8 +275,7 @@ impl Parser<'_> {
             return Ok((0..n).map(|l| LayerShape { heads: kept(l), ffn }).collect());
         };
         if listed.len() != n {
-            return self
-                .bad(format!("num_hidden_layers is {n}, but key `quetsch` lists {} layers", listed.len()));
+            return self.bad(format!("num_hidden_layers is {n}, but key `quetsch` lists {} layers", listed.len()));
         }
         for (l, layer) in listed.iter().enumerate() {
             if pruned.is_some() && layer.heads != kept(l) {
@@ -377,8 +373,7 @@ impl Parser<'_> {
             ));
         }
         if let Some(Value::Object(ids)) = self.get("label2id") {
-            let differs =
-                |(i, l): &(usize, &String)| ids.get(*l).is_none_or(|v| v.as_u64() != Some(*i as u64));
+            let differs = |(i, l): &(usize, &String)| ids.get(*l).is_none_or(|v| v.as_u64() != Some(*i as u64));
             if let Some((i, name)) = labels.iter().enumerate().find(differs) {
                 warnings.push(format!(
                     "{}: label2id disagrees with id2label at class {i} ({name}); id2label is used",
@@ -544,7 +539,9 @@ fn quantization_config(ck: &Checkpoint, sites: &BTreeMap<String, Scheme>) -> Res
     let threshold = |s: &Scheme| if let Scheme::BnbInt8 { threshold } = *s { Some(threshold) } else { None };
     let thresholds: Vec<f32> = sites.values().filter_map(threshold).collect();
     if thresholds.windows(2).any(|w| w[0] != w[1]) {
-        return Err(Error::invalid("bnb-int8 sites have different thresholds; config.json has one for all of them"));
+        return Err(Error::invalid(
+            "bnb-int8 sites have different thresholds; config.json has one for all of them",
+        ));
     }
     // With 4-bit and int8 sites in one file no loader of today reads all; ours goes by what is stored.
     let is_four = !four.is_empty();

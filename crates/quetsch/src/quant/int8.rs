@@ -1,6 +1,9 @@
 //! 8-bit rows in the layout of bitsandbytes LLM.int8() (Dettmers et al. 2022): `weight` I8 `[out, in]`, `SCB` F32
 //! `[out]` = row absmax; w = q * SCB / 127.
 
+/// Outlier threshold of bitsandbytes.
+pub const THRESHOLD: f32 = 6.0;
+
 /// What an int8 linear does with its input.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Int8Input {

@@ -4,6 +4,7 @@
 
 use crate::values::{Amount, SiteRule};
 use clap::{Args, ValueEnum};
+use quetsch::quant::Scheme;
 use serde::{Deserialize, Serialize};
 
 /// How serious a finding about a setting is.
@@ -455,8 +456,8 @@ pub struct Quantize {
     /// Scheme: f32, f16, bf16, int8, bnb-int8, nf4 or fp4
     #[arg(long, value_name = "SCHEME", default_value_t = Quantize::default().quant)]
     pub quant: String,
-    /// Sites left as they are; replaces the default, which is the last linear. `none` keeps nothing
-    #[arg(long, value_delimiter = ',', value_name = "SITE", default_value = "classifier")]
+    /// Sites left in float, besides the last linear of the model; `none` quantises that one too
+    #[arg(long, value_delimiter = ',', value_name = "SITE")]
     pub keep: Vec<String>,
     /// Another scheme for some sites, later rules win: SITE=SCHEME
     #[arg(long, value_delimiter = ',', value_name = "SITE=SCHEME")]
@@ -474,7 +475,7 @@ impl Default for Quantize {
         Quantize {
             model: None,
             quant: "int8".into(),
-            keep: vec!["classifier".into()],
+            keep: vec![],
             site: vec![],
             no_double_quant: false,
             compute: ComputeType::Bf16,
@@ -482,7 +483,19 @@ impl Default for Quantize {
     }
 }
 
-impl Settings for Quantize {}
+impl Settings for Quantize {
+    fn check(&self) -> Vec<Finding> {
+        let mut c = Check::default();
+        let mut scheme = |key, name: &str| {
+            if let Err(e) = name.parse::<Scheme>() {
+                c.error(false, key, || format!("is {name}: {e}"));
+            }
+        };
+        scheme("quant", &self.quant);
+        self.site.iter().for_each(|rule| scheme("site", &rule.scheme));
+        c.0
+    }
+}
 
 /// `[stage.eval]`: measure one model on the test data.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]

@@ -5,6 +5,7 @@ pub mod atomic;
 pub mod baseline;
 pub mod batch;
 pub mod checkpoint;
+pub mod config;
 pub mod cost;
 pub mod data;
 pub mod dir;

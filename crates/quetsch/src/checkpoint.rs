@@ -80,6 +80,8 @@ pub struct Checkpoint {
     pub max_length: Option<usize>,
     /// `config.json` as read, so that keys which Quetsch does not know survive a round trip.
     pub config: serde_json::Map<String, serde_json::Value>,
+    /// What the reader noticed and went on from (say, label names that disagree).
+    pub warnings: Vec<String>,
     tensors: Vec<Stored>,
     index: HashMap<Tensor, usize>,
 }
@@ -111,7 +113,8 @@ impl Checkpoint {
             tensors.push(t);
         }
         let index = table.iter().enumerate().map(|(i, d)| (d.tensor, i)).collect();
-        Ok(Checkpoint { spec, labels, max_length: None, config: serde_json::Map::new(), tensors, index })
+        let config = serde_json::Map::new();
+        Ok(Checkpoint { spec, labels, max_length: None, config, warnings: vec![], tensors, index })
     }
 
     /// Row of the table of tensors.

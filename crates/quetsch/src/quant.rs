@@ -4,5 +4,238 @@
 pub mod four_bit;
 pub mod int8;
 
-pub use four_bit::{Absmax, FourBit, FourBitKind};
-pub use int8::Int8Rows;
+pub use four_bit::{Absmax, Compute, FourBit, FourBitKind, FourBitOptions};
+pub use int8::{Int8Input, Int8Rows};
+
+use crate::checkpoint::{Checkpoint, FloatType, Stored};
+use crate::error::{Error, Result};
+use crate::spec::{HeadSpec, Lin, ModelSpec, Role, Tensor, TensorDef};
+use std::fmt;
+use std::str::FromStr;
+
+/// How a tensor is stored and, for the quantised ones, how its linear computes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scheme {
+    /// Dense f32.
+    F32,
+    /// Dense f16.
+    F16,
+    /// Dense bf16.
+    Bf16,
+    /// int8 rows, int8 per token at run time.
+    Int8,
+    /// int8 rows, LLM.int8(): input columns with an element >= threshold stay in float.
+    BnbInt8 {
+        /// Outlier threshold, 6.0 by default.
+        threshold: f32,
+    },
+    /// 4-bit NormalFloat blocks of 64.
+    Nf4 {
+        /// Whether the block scales are quantised too.
+        double_quant: bool,
+        /// What the forward computes in.
+        compute: Compute,
+    },
+    /// 4-bit float blocks of 64.
+    Fp4 {
+        /// Whether the block scales are quantised too.
+        double_quant: bool,
+        /// What the forward computes in.
+        compute: Compute,
+    },
+}
+
+impl Scheme {
+    /// Every name that [`FromStr`] takes.
+    pub const NAMES: [&str; 8] = ["f32", "f16", "bf16", "int8", "int8-dynamic", "bnb-int8", "nf4", "fp4"];
+
+    /// The name, without its options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Scheme::F32 => "f32",
+            Scheme::F16 => "f16",
+            Scheme::Bf16 => "bf16",
+            Scheme::Int8 => "int8",
+            Scheme::BnbInt8 { .. } => "bnb-int8",
+            Scheme::Nf4 { .. } => "nf4",
+            Scheme::Fp4 { .. } => "fp4",
+        }
+    }
+
+    /// The scheme that a tensor is stored in.
+    pub fn of(stored: &Stored) -> Scheme {
+        match stored {
+            Stored::Float { dtype: FloatType::F32, .. } => Scheme::F32,
+            Stored::Float { dtype: FloatType::F16, .. } => Scheme::F16,
+            Stored::Float { dtype: FloatType::Bf16, .. } => Scheme::Bf16,
+            Stored::Int8(q) => match q.input {
+                Int8Input::Dynamic => Scheme::Int8,
+                Int8Input::Mixed { threshold } => Scheme::BnbInt8 { threshold },
+            },
+            Stored::FourBit(q) => {
+                let (double_quant, compute) = (matches!(q.absmax, Absmax::Nested { .. }), q.compute);
+                match q.kind {
+                    FourBitKind::Nf4 => Scheme::Nf4 { double_quant, compute },
+                    FourBitKind::Fp4 => Scheme::Fp4 { double_quant, compute },
+                }
+            }
+        }
+    }
+
+    /// The float type of a dense scheme.
+    pub fn float(self) -> Option<FloatType> {
+        match self {
+            Scheme::F32 => Some(FloatType::F32),
+            Scheme::F16 => Some(FloatType::F16),
+            Scheme::Bf16 => Some(FloatType::Bf16),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Scheme {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Scheme> {
+        let (double_quant, compute) = (true, Compute::Bf16);
+        Ok(match name {
+            "f32" => Scheme::F32,
+            "f16" => Scheme::F16,
+            "bf16" => Scheme::Bf16,
+            "int8" | "int8-dynamic" => Scheme::Int8,
+            "bnb-int8" => Scheme::BnbInt8 { threshold: int8::THRESHOLD },
+            "nf4" => Scheme::Nf4 { double_quant, compute },
+            "fp4" => Scheme::Fp4 { double_quant, compute },
+            "int8-static" | "int8-weight" => {
+                return Err(Error::invalid(format!("scheme {name} is planned but not built yet; int8 is")));
+            }
+            _ => {
+                let names = Scheme::NAMES.join(", ");
+                return Err(Error::invalid(format!("unknown scheme {name:?}, expected one of {names}")));
+            }
+        })
+    }
+}
+
+/// The short name of a linear in patterns, recipes and reports: `layer.0.query`, `.key`, `.value`, `.attention_out`,
+/// `.ffn_up`, `.ffn_down`; in the head its module name.
+pub fn site(spec: &ModelSpec, lin: Lin) -> String {
+    match lin {
+        Lin::Query(l) => format!("layer.{l}.query"),
+        Lin::Key(l) => format!("layer.{l}.key"),
+        Lin::Value(l) => format!("layer.{l}.value"),
+        Lin::Out(l) => format!("layer.{l}.attention_out"),
+        Lin::Up(l) => format!("layer.{l}.ffn_up"),
+        Lin::Down(l) => format!("layer.{l}.ffn_down"),
+        Lin::HeadDense | Lin::Classifier | Lin::UnusedPooler => {
+            let module = spec.module(lin);
+            module.strip_prefix(&spec.prefix).map(str::to_owned).unwrap_or(module)
+        }
+    }
+}
+
+/// What stays float unless somebody says otherwise: embeddings and LayerNorms (which no scheme quantises anyway) and
+/// the last linear, as transformers 4.57 keeps it.
+pub fn default_keep(spec: &ModelSpec) -> Vec<String> {
+    let mut keep = vec!["embeddings.*".to_owned(), "*.LayerNorm".to_owned()];
+    if spec.head != HeadSpec::None {
+        keep.push(spec.module(Lin::Classifier));
+    }
+    keep
+}
+
+/// `*` stands for any characters, dots included.
+fn glob(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((start, rest)) => name
+            .strip_prefix(start)
+            .is_some_and(|tail| (0..=tail.len()).any(|i| tail.get(i..).is_some_and(|t| glob(rest, t)))),
+    }
+}
+
+/// The names that a pattern may match for a tensor: module with and without the body's prefix, short name.
+fn names(spec: &ModelSpec, def: &TensorDef) -> Vec<String> {
+    let module = def.name.rsplit_once('.').map_or(def.name.as_str(), |(module, _)| module);
+    let bare = module.strip_prefix(&spec.prefix).unwrap_or(module);
+    let mut names = vec![module.to_owned(), bare.to_owned()];
+    if let Tensor::W(lin) | Tensor::B(lin) = def.tensor {
+        names.push(site(spec, lin));
+    }
+    names
+}
+
+/// Stores a checkpoint's tensors in other schemes: of the patterns that match a tensor's module, the last one holds.
+/// Linears that `keep` matches are not quantised, but take a dense scheme (f32, f16, bf16); so do all tensors that are
+/// no weight of a linear. What no pattern matches stays as it is.
+///
+/// # Errors
+/// A pattern matches nothing, a weight is quantised already in another scheme, or a value does not fit into f16.
+pub fn quantise(ck: &Checkpoint, schemes: &[(String, Scheme)], keep: &[String]) -> Result<Checkpoint> {
+    let spec = &ck.spec;
+    let named = |def: TensorDef| (names(spec, &def), def);
+    let table: Vec<(Vec<String>, TensorDef)> = spec.tensors().into_iter().map(named).collect();
+    let matches = |pattern: &str, names: &[String]| names.iter().any(|n| glob(pattern, n));
+    for pattern in schemes.iter().map(|(p, _)| p).chain(keep) {
+        if !table.iter().any(|(names, _)| matches(pattern, names)) {
+            let sites: Vec<_> = spec.linears().into_iter().map(|(lin, _, _)| site(spec, lin)).collect();
+            return Err(Error::invalid(format!(
+                "site pattern {pattern:?} matches nothing; the linears are: {} (`*` stands for any characters)",
+                sites.join(", ")
+            )));
+        }
+    }
+    let mut out = ck.clone();
+    for (names, def) in &table {
+        let kept = keep.iter().any(|k| matches(k, names));
+        let dense_only = kept || def.role != Role::Weight || def.is_empty();
+        let chosen = schemes.iter().rev().find(|(p, s)| matches(p, names) && (s.float().is_some() || !dense_only));
+        if let Some((_, scheme)) = chosen
+            && Scheme::of(ck.get(def.tensor)) != *scheme
+        {
+            out.set(def.tensor, store(ck, def, *scheme)?);
+        }
+    }
+    Ok(out)
+}
+
+fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme) -> Result<Stored> {
+    let old = ck.get(def.tensor);
+    if scheme.float().is_none() && !matches!(old, Stored::Float { .. }) {
+        return Err(Error::invalid(format!(
+            "{} is stored as {} already; make {scheme} from the float model it came from",
+            def.name,
+            Scheme::of(old)
+        )));
+    }
+    let source = if let Stored::Float { dtype, .. } = old { *dtype } else { FloatType::F32 };
+    let values = ck.values(def.tensor);
+    let through_f16 = matches!(scheme, Scheme::F16 | Scheme::Int8 | Scheme::BnbInt8 { .. });
+    if through_f16 && let Some(i) = values.iter().position(|v| !FloatType::F16.round(*v).is_finite()) {
+        return Err(Error::invalid(format!(
+            "{}: element {i} is {}, too large for {scheme}, which goes through f16 (at most 65504); use bf16",
+            def.name, values[i]
+        )));
+    }
+    let columns = def.shape.last().copied().unwrap_or(1);
+    let int8 = |input| Stored::Int8(Int8Rows::encode(&values, columns, input));
+    let four_bit = |kind, double_quant, compute| {
+        Stored::FourBit(FourBit::encode(&values, FourBitOptions { kind, double_quant, source, compute }))
+    };
+    let dense = |dtype: FloatType| Stored::Float { dtype, data: values.iter().map(|&v| dtype.round(v)).collect() };
+    Ok(match scheme {
+        Scheme::F32 => dense(FloatType::F32),
+        Scheme::F16 => dense(FloatType::F16),
+        Scheme::Bf16 => dense(FloatType::Bf16),
+        Scheme::Int8 => int8(Int8Input::Dynamic),
+        Scheme::BnbInt8 { threshold } => int8(Int8Input::Mixed { threshold }),
+        Scheme::Nf4 { double_quant, compute } => four_bit(FourBitKind::Nf4, double_quant, compute),
+        Scheme::Fp4 { double_quant, compute } => four_bit(FourBitKind::Fp4, double_quant, compute),
+    })
+}

@@ -1,1 +1,255 @@
-//! Inference on the CPU: packed weights, workspaces, whole classifiers.
+//! Inference on the CPU.
+//!
+//! Three states of a weight, three types: canonical ([`Stored`](crate::checkpoint::Stored), what the file holds),
+//! packed ([`linear::Linear`], in RAM only, made once by [`Model::pack`]), and nothing else: a forward never changes a
+//! weight. An activation owns its buffer; buffers come from a [`Workspace`] and go back to it.
+
+// pub mod classifier;
+pub mod linear;
+
+use crate::batch::{Batch, Encoding};
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::ops::{Inspect, Ops, forward};
+use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
+use linear::{Input, Linear};
+use quetsch_kernels::attention::Heads;
+use quetsch_kernels::{attention, math, norm, rows};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+// pub use classifier::Classifier;
+
+/// A model packed for this machine; lives in RAM only.
+pub struct Model {
+    spec: ModelSpec,
+    word: Vec<f32>,
+    position: Vec<f32>,
+    token_type: Vec<f32>,
+    norms: BTreeMap<Norm, (Vec<f32>, Vec<f32>)>,
+    qkv: Vec<Linear>,
+    linears: BTreeMap<Lin, Linear>,
+}
+
+impl Model {
+    /// Packs a checkpoint. The unused pooler is left out.
+    pub fn pack(ck: &Checkpoint) -> Model {
+        let spec = ck.spec.clone();
+        let table = |t: Tensor| ck.values(t).into_owned();
+        let norms =
+            spec.norms().into_iter().map(|n| (n, (table(Tensor::Gamma(n)), table(Tensor::Beta(n))))).collect();
+        let qkv = (0..spec.layers.len())
+            .map(|l| Linear::pack(ck, &[Lin::Query(l), Lin::Key(l), Lin::Value(l)]))
+            .collect();
+        let single = |s: &Lin| !matches!(s, Lin::Query(_) | Lin::Key(_) | Lin::Value(_) | Lin::UnusedPooler);
+        let linears = spec
+            .linears()
+            .into_iter()
+            .filter(|(s, ..)| single(s))
+            .map(|(s, ..)| (s, Linear::pack(ck, &[s])))
+            .collect();
+        let (word, position, token_type) = (table(Tensor::Word), table(Tensor::Position), table(Tensor::TokenType));
+        Model { spec, word, position, token_type, norms, qkv, linears }
+    }
+
+    /// The shape.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Logits `[sentences, labels]` of a batch, or hidden states `[tokens, hidden]` of a bare body.
+    pub fn forward(&self, ws: &mut Workspace, batch: &Batch) -> Vec<f32> {
+        let mut ops = CpuOps::new(self, ws);
+        let y = forward(&mut ops, &self.spec, batch);
+        let out = y.values[..y.rows * y.width].to_vec();
+        ops.recycle(y);
+        out
+    }
+
+    /// Logits `[sentences, labels]` in the order given. Sentences are packed into chunks of about `CHUNK` tokens that
+    /// `threads` threads take one after the other; an answer does not depend on who shares its chunk.
+    ///
+    /// # Errors
+    /// A sentence that the model cannot read (see [`Batch::new`]), or a model without a head.
+    pub fn logits(&self, sentences: &[Encoding], threads: usize) -> Result<Vec<f32>> {
+        const CHUNK: usize = 128;
+        let labels = self.spec.head.labels();
+        if self.spec.head == HeadSpec::None {
+            return Err(crate::Error::invalid("this model has no classification head: train one first"));
+        }
+        let mut chunks = vec![];
+        let (mut first, mut tokens) = (0, 0);
+        for (i, e) in sentences.iter().enumerate() {
+            if tokens + e.ids.len() > CHUNK && i > first {
+                chunks.push(first..i);
+                (first, tokens) = (i, 0);
+            }
+            tokens += e.ids.len();
+        }
+        if first < sentences.len() {
+            chunks.push(first..sentences.len());
+        }
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<Vec<(usize, Vec<f32>)>> {
+            let (mut ws, mut done) = (Workspace::default(), vec![]);
+            while let Some(c) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let batch = Batch::new(&self.spec, &sentences[c.clone()])?;
+                done.push((c.start, self.forward(&mut ws, &batch)));
+            }
+            Ok(done)
+        };
+        let mut out = vec![0.0; sentences.len() * labels];
+        let parts = if threads <= 1 || chunks.len() <= 1 {
+            vec![work()]
+        } else {
+            std::thread::scope(|s| {
+                let workers: Vec<_> = (0..threads.min(chunks.len())).map(|_| s.spawn(work)).collect();
+                workers.into_iter().map(|w| w.join().expect("a worker never panics")).collect()
+            })
+        };
+        for part in parts {
+            for (start, logits) in part? {
+                out[start * labels..start * labels + logits.len()].copy_from_slice(&logits);
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// Free buffers, one workspace a thread. A buffer keeps its length, so nothing is zeroed again; grown to the largest
+/// batch seen, it is quiet.
+#[derive(Default)]
+pub struct Workspace {
+    floats: Vec<Vec<f32>>,
+    bytes: Vec<Vec<i8>>,
+}
+
+fn take<T: Clone + Default>(free: &mut Vec<Vec<T>>, len: usize) -> Vec<T> {
+    // Best fit; among equals the one freed last, which is still in cache.
+    let fits = (0..free.len()).rev().filter(|i| free[*i].len() >= len).min_by_key(|i| free[*i].len());
+    let pick = fits.or_else(|| (0..free.len()).max_by_key(|i| free[*i].len()));
+    let mut buffer = pick.map(|i| free.remove(i)).unwrap_or_default();
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    buffer
+}
+
+impl Workspace {
+    fn floats(&mut self, len: usize) -> Vec<f32> {
+        take(&mut self.floats, len)
+    }
+    fn bytes(&mut self, len: usize) -> Vec<i8> {
+        take(&mut self.bytes, len)
+    }
+}
+
+/// A ragged activation `[rows, width]`; its buffer may be longer.
+pub struct Act {
+    rows: usize,
+    width: usize,
+    values: Vec<f32>,
+}
+
+/// The forward's operations on a [`Model`].
+pub struct CpuOps<'a> {
+    model: &'a Model,
+    ws: &'a mut Workspace,
+    /// Row borders of the sequences in the activations: LLM.int8() looks for outliers within one.
+    starts: Vec<usize>,
+}
+
+impl<'a> CpuOps<'a> {
+    /// Ready for one batch after the other.
+    pub fn new(model: &'a Model, ws: &'a mut Workspace) -> CpuOps<'a> {
+        CpuOps { model, ws, starts: vec![] }
+    }
+
+    fn recycle(&mut self, x: Act) {
+        self.ws.floats.push(x.values);
+    }
+
+    /// f(x W^T + b).
+    fn project(&mut self, linear: &Linear, x: &Act, f: Activation) -> Act {
+        let mut values = self.ws.floats(x.rows * linear.n());
+        let out = &mut values[..x.rows * linear.n()];
+        let input = Input { values: &x.values[..x.rows * x.width], rows: x.rows, starts: &self.starts };
+        linear.run(&input, self.ws, out);
+        math::bias_activation(out, linear.bias(), f);
+        Act { rows: x.rows, width: linear.n(), values }
+    }
+}
+
+impl Ops for CpuOps<'_> {
+    type Act = Act;
+
+    fn embed(&mut self, batch: &Batch) -> Act {
+        let (m, rows, width) = (self.model, batch.tokens(), self.model.spec.hidden);
+        self.starts.clone_from(&batch.starts);
+        let mut values = self.ws.floats(rows * width);
+        let x = &mut values[..rows * width];
+        let tables = rows::Tables { word: &m.word, position: &m.position, token_type: &m.token_type, width };
+        rows::embed(tables, &batch.ids, &batch.types, &batch.positions, x);
+        let (gamma, beta) = &m.norms[&Norm::Embeddings];
+        norm::layer_norm(x, gamma, beta, m.spec.norm_eps);
+        Act { rows, width, values }
+    }
+
+    fn qkv(&mut self, l: usize, x: &Act) -> Act {
+        let model = self.model;
+        self.project(&model.qkv[l], x, Activation::Identity)
+    }
+
+    fn attention(&mut self, l: usize, qkv: Act, batch: &Batch) -> Act {
+        let heads = Heads { count: self.model.spec.layers[l].heads.len(), dim: self.model.spec.head_dim };
+        let (rows, width) = (qkv.rows, qkv.width / 3);
+        let longest = batch.ranges().map(|s| s.len()).max().unwrap_or(0);
+        let mut values = self.ws.floats(rows * width);
+        let mut scratch = self.ws.floats(longest * longest);
+        attention::attention(&qkv.values, heads, &batch.starts, &mut values, &mut scratch);
+        self.ws.floats.push(scratch);
+        self.recycle(qkv);
+        Act { rows, width, values }
+    }
+
+    fn ffn_up(&mut self, l: usize, x: &Act) -> Act {
+        let model = self.model;
+        self.project(&model.linears[&Lin::Up(l)], x, model.spec.ffn_activation)
+    }
+
+    fn linear(&mut self, site: Lin, x: Act, f: Activation) -> Act {
+        let model = self.model;
+        let y = self.project(&model.linears[&site], &x, f);
+        self.recycle(x);
+        y
+    }
+
+    fn add_norm(&mut self, site: Norm, mut x: Act, residual: Act) -> Act {
+        let (gamma, beta) = &self.model.norms[&site];
+        let len = x.rows * x.width;
+        norm::add_layer_norm(&mut x.values[..len], &residual.values[..len], gamma, beta, self.model.spec.norm_eps);
+        self.recycle(residual);
+        x
+    }
+
+    fn pool(&mut self, how: Pool, x: Act, batch: &Batch) -> Act {
+        let (rows, width) = (batch.sentences(), x.width);
+        let mut values = self.ws.floats(rows * width);
+        rows::pool(how, &x.values, width, &batch.starts, &mut values[..rows * width]);
+        self.recycle(x);
+        self.starts.clear();
+        self.starts.extend(0..=rows);
+        Act { rows, width, values }
+    }
+}
+
+impl Inspect for CpuOps<'_> {
+    fn values(&self, x: &Act) -> Vec<f32> {
+        x.values[..x.rows * x.width].to_vec()
+    }
+
+    fn scale_columns(&mut self, _at: At, mut x: Act, scale: &[f32]) -> Act {
+        rows::scale_columns(&mut x.values[..x.rows * x.width], x.width, scale);
+        x
+    }
+}

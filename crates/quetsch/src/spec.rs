@@ -4,6 +4,7 @@
 //! never derived from `hidden / heads`, so a layer may keep any number of heads, also none.
 
 use crate::error::{Error, Result};
+pub use quetsch_kernels::{Activation, Pool};
 
 /// One encoder layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,28 +13,6 @@ pub struct LayerShape {
     pub heads: Vec<u16>,
     /// Width of the feed-forward network; may be 0.
     pub ffn: usize,
-}
-
-/// The non-linearity after a linear layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// f(x) = x.
-    Identity,
-    /// Exact GELU, x * Phi(x) (Hendrycks & Gimpel 2016), by erf.
-    Gelu,
-    /// max(x, 0).
-    Relu,
-    /// tanh(x).
-    Tanh,
-}
-
-/// How a sentence's hidden states become one row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pool {
-    /// Mean over the sentence's tokens.
-    Mean,
-    /// The first token (`[CLS]`).
-    First,
 }
 
 /// What stands on top of the encoder.

@@ -1,1 +1,316 @@
-//! Tokenisers of model directories.
+//! Text -> token ids, by the `tokenizers` crate: from `tokenizer.json`, or built from `vocab.txt` alone as
+//! transformers builds BERT's. Truncation and padding in the file are overridden: published files carry settings
+//! (128 tokens, padded) that are not the model's.
+
+use crate::batch::Encoding;
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use tokenizers::models::wordpiece::{WordPiece, WordPieceTrainer};
+use tokenizers::normalizers::BertNormalizer;
+use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{
+    AddedToken, EncodeInput, Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PostProcessor,
+    PreTokenizedString, PreTokenizer, Trainer, TruncationParams, truncate_encodings,
+};
+
+/// The tokenizer's files of a model directory, as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TokenizerFiles {
+    /// Bytes by file name.
+    pub files: BTreeMap<String, Vec<u8>>,
+}
+
+/// A tokenizer: immutable, shared between threads.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+}
+
+/// BERT's special tokens in the order of a vocabulary made here.
+const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
+
+fn invalid(what: &str) -> impl FnOnce(tokenizers::Error) -> Error {
+    move |e| Error::invalid(format!("{what}: {e}"))
+}
+
+impl Tokenizer {
+    /// From `tokenizer.json`, else from `vocab.txt` and, where it is there, `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// Neither is there, or it cannot be read.
+    pub fn new(files: &TokenizerFiles) -> Result<Tokenizer> {
+        let mut inner = match (files.files.get("tokenizer.json"), files.files.get("vocab.txt")) {
+            (Some(json), _) => tokenizers::Tokenizer::from_bytes(json).map_err(invalid("tokenizer.json"))?,
+            (None, Some(vocab)) => bert(vocab, &BertOptions::read(files)?)?,
+            (None, None) => {
+                return Err(Error::invalid(
+                    "the model directory has no tokenizer; looked for tokenizer.json and vocab.txt: copy them from \
+                     the model it was made from",
+                ));
+            }
+        };
+        inner.with_truncation(None).map_err(invalid("tokenizer"))?.with_padding(None);
+        Ok(Tokenizer { inner })
+    }
+
+    /// The ids of one text, special tokens included, cut on the right to `max_length`.
+    ///
+    /// # Errors
+    /// `max_length` has no room for the special tokens.
+    pub fn encode(&self, text: &str, max_length: usize) -> Result<Encoding> {
+        self.tokens(text, None, max_length)
+    }
+
+    /// The ids of a pair of texts; the longer one is cut first.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_pair(&self, a: &str, b: &str, max_length: usize) -> Result<Encoding> {
+        self.tokens(a, Some(b), max_length)
+    }
+
+    /// Many texts on `threads` threads; the result does not depend on their number.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_all(
+        &self,
+        texts: &[impl AsRef<str> + Sync],
+        max_length: usize,
+        threads: usize,
+    ) -> Result<Vec<Encoding>> {
+        let part = texts.len().div_ceil(threads.max(1)).max(1);
+        let all = |texts: &[_]| -> Result<Vec<Encoding>> {
+            texts.iter().map(|t: &_| self.encode(AsRef::<str>::as_ref(t), max_length)).collect()
+        };
+        if texts.len() <= part {
+            return all(texts);
+        }
+        let parts = std::thread::scope(|scope| {
+            let running: Vec<_> = texts.chunks(part).map(|texts| scope.spawn(move || all(texts))).collect();
+            running.into_iter().map(|r| r.join()).collect::<Vec<_>>()
+        });
+        let mut encodings = Vec::with_capacity(texts.len());
+        for part in parts {
+            encodings.extend(part.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(encodings)
+    }
+
+    fn tokens(&self, a: &str, b: Option<&str>, max_length: usize) -> Result<Encoding> {
+        let special = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(b.is_some()));
+        if max_length <= special {
+            return Err(Error::invalid(format!(
+                "max_length is {max_length}, expected more than the {special} special tokens"
+            )));
+        }
+        let plain = |text| self.inner.encode_fast(EncodeInput::from(text), false).map_err(invalid("tokenizer"));
+        let cut = TruncationParams { max_length: max_length - special, ..TruncationParams::default() };
+        let pair = b.map(plain).transpose()?;
+        let (a, b) = truncate_encodings(plain(a)?, pair, &cut).map_err(invalid("tokenizer"))?;
+        let e = self.inner.post_process(a, b, true).map_err(invalid("tokenizer"))?;
+        let types = e.get_type_ids();
+        let types = if types.iter().all(|&t| t == 0) { vec![] } else { types.to_vec() };
+        Ok(Encoding { ids: e.get_ids().to_vec(), types })
+    }
+
+    /// Number of tokens, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The highest token id + 1: the rows that the word embedding table must have.
+    pub fn rows(&self) -> usize {
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+    }
+
+    /// A hash of what decides the ids: equal for tokenizers that give equal ids, whichever files they come from.
+    pub fn fingerprint(&self) -> String {
+        let t = &self.inner;
+        let mut vocab: Vec<(u32, String)> = t.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
+        vocab.sort();
+        let mut added: Vec<_> = t.get_added_tokens_decoder().into_iter().collect();
+        added.sort_by_key(|(id, _)| *id);
+        let added: Vec<_> = added
+            .iter()
+            .map(|(id, a)| json!([id, a.content, a.single_word, a.lstrip, a.rstrip, a.normalized]))
+            .collect();
+        let mut model = serde_json::to_value(t.get_model()).unwrap_or_default();
+        if let Some(m) = model.as_object_mut() {
+            m.shift_remove("vocab"); // written in hash order; `vocab` above is the same, sorted
+        }
+        let parts = json!({
+            "vocab": vocab,
+            "added": added,
+            "model": model,
+            "normalizer": t.get_normalizer().map(resolved),
+            "pre_tokenizer": serde_json::to_value(t.get_pre_tokenizer()).unwrap_or_default(),
+            "post_processor": self.special_layout(),
+        });
+        blake3::hash(parts.to_string().as_bytes()).to_hex().to_string()
+    }
+
+    /// What the post-processor does to one and two texts: `BertProcessing` and `TemplateProcessing` can say the same.
+    fn special_layout(&self) -> Value {
+        let probe = || self.inner.encode_fast("a", false).unwrap_or_default();
+        [None, Some(probe())]
+            .into_iter()
+            .map(|pair| {
+                let e = self.inner.post_process(probe(), pair, true).unwrap_or_default();
+                json!([e.get_ids(), e.get_type_ids()])
+            })
+            .collect()
+    }
+}
+
+/// A normalizer's JSON with `strip_accents` null replaced by what it means.
+fn resolved(normalizer: &tokenizers::NormalizerWrapper) -> Value {
+    let mut json = serde_json::to_value(normalizer).unwrap_or_default();
+    if json["type"] == "BertNormalizer" && json["strip_accents"].is_null() {
+        json["strip_accents"] = json["lowercase"].clone();
+    }
+    json
+}
+
+/// What `tokenizer_config.json` says about BERT's own tokenization.
+struct BertOptions {
+    lowercase: bool,
+    strip_accents: Option<bool>,
+    chinese: bool,
+    /// Content of the special tokens, in the order of [`SPECIAL`].
+    special: [String; 5],
+}
+
+impl Default for BertOptions {
+    fn default() -> Self {
+        BertOptions { lowercase: true, strip_accents: None, chinese: true, special: SPECIAL.map(str::to_owned) }
+    }
+}
+
+impl BertOptions {
+    fn read(files: &TokenizerFiles) -> Result<BertOptions> {
+        let mut options = BertOptions::default();
+        let Some(bytes) = files.files.get("tokenizer_config.json") else { return Ok(options) };
+        let map: Map<String, Value> = serde_json::from_slice(bytes)
+            .map_err(|e| Error::invalid(format!("tokenizer_config.json: not a JSON object: {e}")))?;
+        let flag = |key: &str| map.get(key).and_then(Value::as_bool);
+        options.lowercase = flag("do_lower_case").unwrap_or(true);
+        options.strip_accents = flag("strip_accents");
+        options.chinese = flag("tokenize_chinese_chars").unwrap_or(true);
+        for (token, key) in options.special.iter_mut().zip(["pad", "unk", "cls", "sep", "mask"]) {
+            // A string, or an added token with its content.
+            let value = map.get(&format!("{key}_token"));
+            let content = value.and_then(|v| v.as_str().or_else(|| v.get("content")?.as_str()));
+            if let Some(content) = content {
+                *token = content.to_owned();
+            }
+        }
+        Ok(options)
+    }
+
+    fn normalizer(&self) -> BertNormalizer {
+        BertNormalizer::new(true, self.chinese, self.strip_accents, self.lowercase)
+    }
+}
+
+/// BERT's WordPiece tokenizer over the lines of a `vocab.txt`.
+fn bert(vocab: &[u8], options: &BertOptions) -> Result<tokenizers::Tokenizer> {
+    let [_, unk, cls, sep, _] = &options.special;
+    let model = WordPiece::builder()
+        .vocab(WordPiece::read_bytes(vocab).map_err(invalid("vocab.txt"))?)
+        .unk_token(unk.clone())
+        .continuing_subword_prefix("##".into())
+        .max_input_chars_per_word(100)
+        .build()
+        .map_err(invalid("vocab.txt"))?;
+    let mut ids = vec![];
+    for token in &options.special {
+        let missing = || Error::invalid(format!("vocab.txt has no {token}"));
+        ids.push(model.token_to_id(token).ok_or_else(missing)?);
+    }
+    let template = TemplateProcessing::builder()
+        .try_single(format!("{cls}:0 $A:0 {sep}:0"))
+        .and_then(|b| b.try_pair(format!("{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1")))
+        .map_err(|e| Error::invalid(format!("special tokens: {e}")))?
+        .special_tokens(vec![(cls.clone(), ids[2]), (sep.clone(), ids[3])])
+        .build()
+        .map_err(|e| Error::invalid(format!("special tokens: {e}")))?;
+    let mut t = tokenizers::Tokenizer::new(model);
+    t.with_normalizer(Some(options.normalizer())).map_err(invalid("normalizer"))?;
+    t.with_pre_tokenizer(Some(BertPreTokenizer));
+    t.with_post_processor(Some(template));
+    t.with_decoder(Some(tokenizers::decoders::wordpiece::WordPiece::default()));
+    t.add_special_tokens(options.special.iter().map(|s| AddedToken::from(s.clone(), true)))
+        .map_err(invalid("special tokens"))?;
+    Ok(t)
+}
+
+/// Trains a lower-casing WordPiece vocabulary and writes the four files that every loader of BERT tokenizers reads.
+/// The same texts give the same files.
+///
+/// # Errors
+/// `vocab_size` has no room for the special tokens and the alphabet.
+pub fn train_wordpiece(texts: &[impl AsRef<str> + Sync], vocab_size: usize) -> Result<TokenizerFiles> {
+    let options = BertOptions::default();
+    let mut words = vec![];
+    for text in texts {
+        words.extend(split(text.as_ref(), &options)?);
+    }
+    // The trainer numbers `##x` in the order of a hash map, and numbers break its ties: pin them by asking for them
+    // first, as if they were special.
+    let mut inner: Vec<char> = words.iter().flat_map(|w| w.chars().skip(1)).collect();
+    inner.sort_unstable();
+    inner.dedup();
+    let mut alphabet: Vec<char> = words.iter().flat_map(|w| w.chars()).collect();
+    alphabet.sort_unstable();
+    alphabet.dedup();
+    let least = SPECIAL.len() + inner.len() + alphabet.len();
+    if vocab_size < least {
+        return Err(Error::invalid(format!(
+            "vocabulary size {vocab_size} is too small: special tokens and single characters take {least}"
+        )));
+    }
+    let first = SPECIAL.iter().map(|s| s.to_string()).chain(inner.iter().map(|c| format!("##{c}")));
+    let mut trainer = WordPieceTrainer::builder()
+        .vocab_size(vocab_size)
+        .min_frequency(2)
+        .show_progress(false)
+        .special_tokens(first.map(|t| AddedToken::from(t, true)).collect())
+        .build();
+    trainer.feed(words.iter(), |word| Ok(vec![word.to_owned()])).map_err(invalid("WordPiece training"))?;
+    let mut model = WordPiece::default();
+    trainer.train(&mut model).map_err(invalid("WordPiece training"))?;
+    let mut vocab: Vec<(u32, String)> = model.get_vocab().into_iter().map(|(token, id)| (id, token)).collect();
+    vocab.sort_unstable();
+    let lines: String = vocab.into_iter().map(|(_, token)| token + "\n").collect();
+    let json = bert(lines.as_bytes(), &options)?.to_string(true).map_err(invalid("tokenizer.json"))?;
+    let names = || ["pad", "unk", "cls", "sep", "mask"].into_iter().zip(SPECIAL);
+    let mut special: Map<String, Value> = names().map(|(k, t)| (format!("{k}_token"), json!(t))).collect();
+    let special_json = pretty(&special.clone().into())?;
+    let more = json!({"do_lower_case": true, "strip_accents": null, "tokenize_chinese_chars": true,
+        "do_basic_tokenize": true, "never_split": null, "model_max_length": 512, "padding_side": "right",
+        "tokenizer_class": "BertTokenizer"});
+    special.extend(more.as_object().cloned().unwrap_or_default());
+    let files = [
+        ("tokenizer.json", json),
+        ("vocab.txt", lines),
+        ("tokenizer_config.json", pretty(&special.into())?),
+        ("special_tokens_map.json", special_json),
+    ];
+    Ok(TokenizerFiles { files: files.into_iter().map(|(n, s)| (n.to_owned(), s.into_bytes())).collect() })
+}
+
+fn pretty(value: &Value) -> Result<String> {
+    serde_json::to_string_pretty(value).map(|s| s + "\n").map_err(|e| Error::invalid(format!("JSON: {e}")))
+}
+
+/// A text's words as BERT sees them before WordPiece.
+fn split(text: &str, options: &BertOptions) -> Result<Vec<String>> {
+    let mut normalized = NormalizedString::from(text);
+    options.normalizer().normalize(&mut normalized).map_err(invalid("normalizer"))?;
+    let mut words = PreTokenizedString::from(normalized);
+    BertPreTokenizer.pre_tokenize(&mut words).map_err(invalid("pre-tokenizer"))?;
+    let splits = words.get_splits(OffsetReferential::Normalized, OffsetType::Byte);
+    Ok(splits.into_iter().map(|(word, _, _)| word.to_owned()).collect())
+}

@@ -1,6 +1,25 @@
 //! 4-bit blocks in the layout of bitsandbytes: NF4 (Dettmers et al. 2023) and FP4, with and without double
 //! quantisation of the block scales.
 
+use crate::checkpoint::FloatType;
+use std::sync::LazyLock;
+
+/// Elements per block.
+pub const BLOCK: usize = 64;
+/// Scales per nested scale.
+pub const NESTED_BLOCK: usize = 256;
+
+/// Quantiles of N(0, 1) scaled to [-1, 1], zero among them.
+#[rustfmt::skip]
+const NF4: [f32; 16] = [
+    -1.0, -0.696_192_8, -0.525_073_05, -0.394_917_5, -0.284_441_38, -0.184_773_43, -0.091_050_036, 0.0,
+    0.079_580_3, 0.160_930_2, 0.246_112_3, 0.337_915_24, 0.440_709_83, 0.562_617, 0.722_956_84, 1.0,
+];
+
+/// Sign in the high bit, so the values are not sorted; 12 is the largest, and the second zero has no sign on disk.
+const FP4: [f32; 16] =
+    [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0];
+
 /// The codebook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FourBitKind {
@@ -8,6 +27,16 @@ pub enum FourBitKind {
     Nf4,
     /// Sign, two exponent bits, one mantissa bit.
     Fp4,
+}
+
+impl FourBitKind {
+    /// The 16 values by code.
+    pub fn map(self) -> [f32; 16] {
+        match self {
+            FourBitKind::Nf4 => NF4,
+            FourBitKind::Fp4 => FP4.map(|v| v / 12.0),
+        }
+    }
 }
 
 /// What a 4-bit linear multiplies in.
@@ -55,12 +84,107 @@ pub struct FourBit {
     /// The scales.
     pub absmax: Absmax,
     /// The type the values had before; dequantising rounds to it.
-    pub source: crate::checkpoint::FloatType,
+    pub source: FloatType,
     /// What the forward computes in.
     pub compute: Compute,
 }
 
+/// The 256 values of bitsandbytes' signed dynamic map (Dettmers 2016): for every power of ten the midpoints of an even
+/// grid on [0.1, 1], with twice as many per step, plus 0 and 1.
+static DYNAMIC_MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
+    let mut map = [0.0f32; 256];
+    map[1] = 1.0;
+    let mut n = 2;
+    for i in 0..7i32 {
+        let cells = 1usize << i;
+        let step = ((1.0f32 - 0.1) / cells as f32) as f64;
+        // torch.linspace: fused, the first half from the start, the second from the end.
+        let edge = |j: usize| match j < cells.div_ceil(2) {
+            true => (0.1f32 as f64 + step * j as f64) as f32,
+            false => (1.0 - step * (cells - j) as f64) as f32,
+        };
+        let power = 10f64.powi(i - 6) as f32;
+        for j in 0..cells {
+            let middle = (edge(j) + edge(j + 1)) / 2.0 * power;
+            (map[n], map[n + 1]) = (middle, -middle);
+            n += 2;
+        }
+    }
+    map.sort_by(f32::total_cmp);
+    map
+});
+
+/// The nearest dynamic code of every 16-bit step of [-1, 1], ties to the lower: bitsandbytes' CPU path.
+static DYNAMIC_CODES: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let map = &*DYNAMIC_MAP;
+    let nearest = |i: u16| {
+        let x = i as f32 * (2.0f32 / 65535.0) - 1.0;
+        let right = map.partition_point(|m| *m < x).min(255);
+        let left = right.saturating_sub(1);
+        if right > 0 && (map[right] - x).abs() >= (x - map[left]).abs() { left as u8 } else { right as u8 }
+    };
+    (0..=u16::MAX).map(nearest).collect()
+});
+
+/// `torch.sum` of a contiguous f32 vector on a CPU (8 lanes on all of them), to the bit: lanes of four interleaved rows, each a
+/// cascade of partial sums. The mean is in the file, so the order of additions is part of the format. (Above 32,768
+/// scales torch splits the sum between threads, and its own last bit depends on their number.)
+fn torch_sum(x: &[f32]) -> f32 {
+    const LANES: usize = 8;
+    const ROWS: usize = 4;
+    const LEVELS: usize = 4;
+    let (vectors, tail) = x.as_chunks::<LANES>();
+    let (steps, rest) = vectors.as_chunks::<ROWS>();
+    let add = |a: &mut [f32; LANES], b: &[f32; LANES]| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    let log2 = steps.len().next_power_of_two().trailing_zeros() as usize;
+    let power = (log2 / LEVELS).max(4);
+    let mut sums = [[[0.0f32; LANES]; ROWS]; LEVELS];
+    let whole = steps.len() >> power << power;
+    for (i, step) in steps.iter().enumerate() {
+        (0..ROWS).for_each(|r| add(&mut sums[0][r], &step[r]));
+        let done = i + 1;
+        if done > whole || done % (1 << power) != 0 {
+            continue;
+        }
+        for level in 1..LEVELS {
+            for r in 0..ROWS {
+                let lower = std::mem::replace(&mut sums[level - 1][r], [0.0; LANES]);
+                add(&mut sums[level][r], &lower);
+            }
+            if done & (((1 << power) - 1) << (level * power)) != 0 {
+                break;
+            }
+        }
+    }
+    for level in 1..LEVELS {
+        (0..ROWS).for_each(|r| {
+            let higher = sums[level][r];
+            add(&mut sums[0][r], &higher);
+        });
+    }
+    let mut lanes = sums[0][0];
+    rest.iter().for_each(|v| add(&mut lanes, v));
+    (1..ROWS).for_each(|r| add(&mut lanes, &sums[0][r]));
+    tail.iter().chain(&lanes).fold(0.0, |sum, x| sum + x)
+}
+
 impl Absmax {
+    /// Double quantisation: scales minus their mean, as codes of the dynamic map times the absmax of 256 of them.
+    pub fn nested(scales: &[f32]) -> Absmax {
+        let offset = if scales.is_empty() { 0.0 } else { torch_sum(scales) / scales.len() as f32 };
+        let (mut codes, mut nested_absmax) = (Vec::with_capacity(scales.len()), vec![]);
+        for block in scales.chunks(NESTED_BLOCK) {
+            let absmax = block.iter().fold(0.0f32, |m, s| m.max((s - offset).abs()));
+            let code = |s: &f32| {
+                let v = ((s - offset) * (1.0 / absmax)).clamp(-1.0, 1.0);
+                DYNAMIC_CODES[((v + 1.0) * 0.5 * 65535.0 + 0.5) as u16 as usize]
+            };
+            codes.extend(block.iter().map(|s| if absmax == 0.0 { 0 } else { code(s) }));
+            nested_absmax.push(absmax);
+        }
+        Absmax::Nested { codes, map: DYNAMIC_MAP.to_vec(), nested_absmax, nested_block: NESTED_BLOCK, offset }
+    }
+
     /// The scale of a block.
     pub fn scale(&self, block: usize) -> f32 {
         match self {
@@ -72,7 +196,47 @@ impl Absmax {
     }
 }
 
+/// How a 4-bit tensor is made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FourBitOptions {
+    /// The codebook.
+    pub kind: FourBitKind,
+    /// Whether the block scales are quantised too.
+    pub double_quant: bool,
+    /// The type the values are rounded to first.
+    pub source: FloatType,
+    /// What the forward computes in.
+    pub compute: Compute,
+}
+
 impl FourBit {
+    /// Per block of 64: absmax, s = clamp(w * (1 / absmax), -1, 1), then the number of midpoints between neighbouring
+    /// codebook values that are below s (a tie goes down).
+    pub fn encode(w: &[f32], options: FourBitOptions) -> FourBit {
+        let FourBitOptions { kind, double_quant, source, compute } = options;
+        let map = kind.map();
+        let mut sorted: Vec<u8> = (0..16).collect();
+        // Stable, so that of FP4's two zeros the first is the lower one.
+        sorted.sort_by(|&a, &b| map[a as usize].total_cmp(&map[b as usize]));
+        let value = |rank: usize| map[sorted[rank] as usize];
+        let midpoints: Vec<f32> = (0..15).map(|i| (value(i) + value(i + 1)) / 2.0).collect();
+        let (mut codes, mut scales) = (Vec::with_capacity(w.len() + 1), vec![]);
+        for block in w.chunks(BLOCK) {
+            let block: Vec<f32> = block.iter().map(|&w| source.round(w)).collect();
+            let absmax = block.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+            let inverse = 1.0 / absmax.max(1e-38);
+            let rank = |w: &f32| midpoints.partition_point(|m| *m < (w * inverse).clamp(-1.0, 1.0));
+            codes.extend(block.iter().map(|w| sorted[rank(w)]));
+            scales.push(absmax);
+        }
+        if codes.len() % 2 == 1 {
+            codes.push(0);
+        }
+        let packed = codes.as_chunks::<2>().0.iter().map(|[high, low]| high << 4 | low).collect();
+        let absmax = if double_quant { Absmax::nested(&scales) } else { Absmax::Plain(scales) };
+        FourBit { kind, map: map.to_vec(), packed, len: w.len(), block: BLOCK, absmax, source, compute }
+    }
+
     /// code[nibble] * absmax in f32, rounded to the source type. `[len]`
     pub fn dequantise(&self) -> Vec<f32> {
         let value = |i: usize| {
@@ -81,5 +245,35 @@ impl FourBit {
             self.source.round(self.map[code as usize] * self.absmax.scale(i / self.block))
         };
         (0..self.len).map(value).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_codebooks_are_what_bitsandbytes_prints() {
+        let nf4 = [
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0f64,
+        ];
+        assert_eq!(NF4.map(f64::from), nf4);
+        assert!(DYNAMIC_MAP.windows(2).all(|w| w[0] < w[1]), "256 different values");
+        assert_eq!((DYNAMIC_MAP[255], DYNAMIC_MAP[127]), (1.0, 0.0));
     }
 }

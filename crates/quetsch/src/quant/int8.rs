@@ -1,6 +1,11 @@
 //! 8-bit rows in the layout of bitsandbytes LLM.int8() (Dettmers et al. 2022): `weight` I8 `[out, in]`, `SCB` F32
 //! `[out]` = row absmax; w = q * SCB / 127.
 
+use crate::checkpoint::FloatType;
+
+/// Outlier threshold of bitsandbytes.
+pub const THRESHOLD: f32 = 6.0;
+
 /// What an int8 linear does with its input.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Int8Input {
@@ -25,6 +30,20 @@ pub struct Int8Rows {
 }
 
 impl Int8Rows {
+    /// q = round_half_even(w * ((1 / SCB) * 127)) with w rounded to f16 first, as bitsandbytes does: the reciprocal
+    /// before the product decides exact halves. `w: [out, in]` with `in = columns`; a row of zeros stays zero.
+    pub fn encode(w: &[f32], columns: usize, input: Int8Input) -> Int8Rows {
+        let (mut values, mut scb) = (Vec::with_capacity(w.len()), vec![]);
+        for row in w.chunks(columns.max(1)) {
+            let row: Vec<f32> = row.iter().map(|&w| FloatType::F16.round(w)).collect();
+            let absmax = row.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+            let scale = if absmax == 0.0 { 0.0 } else { (1.0 / absmax) * 127.0 };
+            values.extend(row.iter().map(|w| (w * scale).round_ties_even() as i8));
+            scb.push(absmax);
+        }
+        Int8Rows { values, scb, input }
+    }
+
     /// w = q * SCB / 127. `[out * in]`
     pub fn dequantise(&self) -> Vec<f32> {
         let k = self.values.len() / self.scb.len().max(1);

@@ -1,0 +1,99 @@
+//! Which instruction set runs, decided once. `QUETSCH_ISA` caps it.
+
+use std::sync::OnceLock;
+
+/// Instruction sets that kernels are compiled for, in rising order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// What every CPU of this architecture has.
+    Scalar,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// The name that `QUETSCH_ISA` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// The best that this CPU has.
+    pub fn best() -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx512 && avx2 {
+                return Isa::Avx512;
+            }
+            if avx2 {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Scalar
+    }
+
+    /// What `QUETSCH_ISA` asks for, else the best.
+    ///
+    /// # Errors
+    /// An unknown name, or an instruction set that this CPU does not have.
+    pub fn from_env() -> Result<Isa, String> {
+        let best = Isa::best();
+        let Some(name) = std::env::var_os("QUETSCH_ISA").filter(|v| !v.is_empty()) else {
+            return Ok(best);
+        };
+        let all = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+        match all.into_iter().find(|i| name.to_str() == Some(i.name())) {
+            Some(i) if i <= best => Ok(i),
+            Some(i) => Err(format!("QUETSCH_ISA={}: this CPU has {} at best", i.name(), best.name())),
+            None => Err(format!("QUETSCH_ISA={}: expected scalar, avx2 or avx512", name.display())),
+        }
+    }
+}
+
+/// The instruction set in use. A bad `QUETSCH_ISA` is reported by [`Isa::from_env`] at the program's door; here it
+/// falls back to what every CPU has.
+pub fn isa() -> Isa {
+    static ISA: OnceLock<Isa> = OnceLock::new();
+    *ISA.get_or_init(|| Isa::from_env().unwrap_or(Isa::Scalar))
+}
+
+/// Compiles a plain function for every instruction set and picks one at run time.
+macro_rules! kernel {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn plain($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    plain($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    plain($($arg),*)
+                }
+                match $crate::isa::isa() {
+                    // SAFETY: `isa()` is at most `Isa::best()`, which saw these features on this CPU.
+                    $crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::isa::Isa::Scalar => {}
+                }
+            }
+            plain($($arg),*)
+        }
+    };
+}

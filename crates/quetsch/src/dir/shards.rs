@@ -1,0 +1,168 @@
+//! The safetensors files of a model directory, memory-mapped, as one table of named tensors.
+
+use crate::config::Shapes;
+use crate::error::{Error, Result};
+use memmap2::Mmap;
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// One tensor of the file.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    shard: usize,
+    range: Range<usize>,
+}
+
+/// All safetensors files of a folder.
+pub struct Shards {
+    maps: Vec<Mmap>,
+    entries: BTreeMap<String, Entry>,
+}
+
+const INDEX: &str = "model.safetensors.index.json";
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Shards {
+    pub fn open(dir: &Path) -> Result<Shards> {
+        let (files, index) = find(dir)?;
+        let mut shards = Shards { maps: vec![], entries: BTreeMap::new() };
+        for file in files {
+            shards.add(file)?;
+        }
+        let promised = index.weight_map.iter();
+        let broken: Vec<_> = promised.filter(|(name, _)| !shards.entries.contains_key(&rename(name))).collect();
+        if !broken.is_empty() {
+            let list: Vec<_> = broken.iter().map(|(name, file)| format!("{name} in {file}")).collect();
+            return Err(Error::file(
+                dir.join(INDEX),
+                format!("lists tensors that are not there: {}", list.join(", ")),
+            ));
+        }
+        Ok(shards)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let file = File::open(&path).map_err(Error::io(&path))?;
+        // SAFETY: the map is read-only and lives no longer than the reading of this folder. As with every memory
+        // map, another process that truncates the file meanwhile would stop this one with SIGBUS; model files are
+        // written whole and renamed into place, never changed where they stand.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
+        let found = header(&map).map_err(|message| Error::file(&path, message))?;
+        for (name, dtype, shape, range) in found {
+            let name = rename(&name);
+            let entry = Entry { dtype, shape, shard: self.maps.len(), range };
+            if self.entries.insert(name.clone(), entry).is_some() {
+                return Err(Error::file(&path, format!("tensor {name} stands in the file or the shards twice")));
+            }
+        }
+        self.maps.push(map);
+        Ok(())
+    }
+
+    pub fn get(&self, name: &str) -> Option<&Entry> {
+        self.entries.get(name)
+    }
+
+    pub fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.maps[entry.shard][entry.range.clone()]
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &String> {
+        self.entries.keys()
+    }
+
+    pub fn shapes(&self) -> Shapes {
+        self.entries.iter().map(|(name, e)| (name.clone(), e.shape.clone())).collect()
+    }
+}
+
+/// LayerNorm's names in very old files.
+fn rename(name: &str) -> String {
+    match name.strip_suffix("LayerNorm.gamma") {
+        Some(p) => format!("{p}LayerNorm.weight"),
+        None => match name.strip_suffix("LayerNorm.beta") {
+            Some(p) => format!("{p}LayerNorm.bias"),
+            None => name.to_owned(),
+        },
+    }
+}
+
+/// The safetensors files of a folder, and the index if there is one.
+fn find(dir: &Path) -> Result<(Vec<PathBuf>, Index)> {
+    let single = dir.join(super::WEIGHTS);
+    if single.exists() {
+        return Ok((vec![single], Index { weight_map: BTreeMap::new() }));
+    }
+    let index = dir.join(INDEX);
+    if index.exists() {
+        let json = std::fs::read(&index).map_err(Error::io(&index))?;
+        let parsed: Index =
+            serde_json::from_slice(&json).map_err(|e| Error::file(&index, format!("not a shard index: {e}")))?;
+        let files: BTreeSet<&String> = parsed.weight_map.values().collect();
+        if let Some(outside) = files.iter().find(|f| Path::new(f).file_name() != Some(f.as_ref())) {
+            return Err(Error::file(&index, format!("shard {outside:?} is not a plain file name")));
+        }
+        if files.is_empty() {
+            return Err(Error::file(&index, "weight_map is empty"));
+        }
+        return Ok((files.into_iter().map(|f| dir.join(f)).collect(), parsed));
+    }
+    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+    if let Some(old) = pickled.into_iter().find(|f| dir.join(f).exists()) {
+        let place = dir.display();
+        return Err(Error::file(
+            dir.join(old),
+            format!(
+                "pickled weights are not read, because a pickle can run code; convert once with: python3 -c \"from \
+                 transformers import AutoModelForSequenceClassification as M; \
+                 M.from_pretrained('{place}').save_pretrained('{place}')\" (AutoModel for a bare encoder)"
+            ),
+        ));
+    }
+    Err(Error::file(dir, format!("no weights found; looked for {}, {INDEX}", super::WEIGHTS)))
+}
+
+type Found = Vec<(String, Dtype, Vec<usize>, Range<usize>)>;
+
+/// Name, type, shape and byte range of every tensor of a safetensors file. Nothing is allocated on the word of the
+/// file: lengths are compared with the file's own first.
+fn header(file: &[u8]) -> std::result::Result<Found, String> {
+    let Some((length, rest)) = file.split_first_chunk::<8>() else {
+        return Err(format!("is {} bytes long, too short for a safetensors file", file.len()));
+    };
+    let length = u64::from_le_bytes(*length);
+    let Some(json) = usize::try_from(length).ok().and_then(|n| rest.get(..n)) else {
+        return Err(format!(
+            "the safetensors header says it is {length} bytes long, the file has {} after it: truncated or no \
+             safetensors file",
+            rest.len()
+        ));
+    };
+    let metadata: Metadata =
+        serde_json::from_slice(json).map_err(|e| format!("the safetensors header cannot be read: {e}"))?;
+    let data = rest.len() - json.len();
+    if metadata.data_len() != data {
+        return Err(format!(
+            "the safetensors header describes {} bytes of tensors, the file holds {data}: truncated or damaged",
+            metadata.data_len()
+        ));
+    }
+    let start = 8 + json.len();
+    let one = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
+        let (from, to) = info.data_offsets;
+        (name, info.dtype, info.shape.clone(), start + from..start + to)
+    };
+    Ok(metadata.tensors().into_iter().map(one).collect())
+}

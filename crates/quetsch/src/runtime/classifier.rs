@@ -1,0 +1,79 @@
+//! A whole classifier: tokeniser, packed model, labels.
+
+use super::Model;
+use crate::batch::Encoding;
+use crate::dir;
+use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+use std::path::Path;
+
+/// Text in, logits out.
+pub struct Classifier {
+    model: Model,
+    tokenizer: Tokenizer,
+    labels: Vec<String>,
+    max_length: usize,
+}
+
+impl Classifier {
+    /// Loads a model directory. Texts are cut to `max_length` tokens; by default to what config.json says, else 256,
+    /// and never beyond the position table.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the directory, or a model without a classification head.
+    pub fn load(path: &Path, max_length: Option<usize>) -> Result<Classifier> {
+        Classifier::new(&dir::read(path)?, max_length).map_err(|e| Error::file(path, e.to_string()))
+    }
+
+    /// As [`Classifier::load`], from a directory that is read already.
+    ///
+    /// # Errors
+    /// A model without a head, a tokeniser with more ids than the model has rows.
+    pub fn new(dir: &dir::ModelDir, max_length: Option<usize>) -> Result<Classifier> {
+        let ck = &dir.checkpoint;
+        if ck.spec.head.labels() == 0 {
+            return Err(Error::invalid(
+                "this model has no classification head; give it one with `quetsch train --model DIR`",
+            ));
+        }
+        let tokenizer = Tokenizer::new(&dir.tokenizer)?;
+        let max_length = max_length.or(ck.max_length).unwrap_or(256).min(ck.spec.positions);
+        Ok(Classifier { model: Model::pack(ck), tokenizer, labels: ck.labels.clone(), max_length })
+    }
+
+    /// Label names by class index.
+    pub fn labels(&self) -> &[String] {
+        &self.labels
+    }
+
+    /// The packed model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The tokeniser.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Longest input in tokens.
+    pub fn max_length(&self) -> usize {
+        self.max_length
+    }
+
+    /// Token ids of texts.
+    ///
+    /// # Errors
+    /// A tokeniser that cannot encode.
+    pub fn encode<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<Encoding>> {
+        self.tokenizer.encode_all(texts, self.max_length, threads)
+    }
+
+    /// Logits `[texts, labels]`.
+    ///
+    /// # Errors
+    /// A tokeniser that cannot encode, or ids that the model does not have.
+    pub fn logits<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<f32>> {
+        self.model.logits(&self.encode(texts, threads)?, threads)
+    }
+}

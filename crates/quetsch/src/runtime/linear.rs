@@ -1,0 +1,180 @@
+//! A packed linear layer: one or several matrices side by side that read the same input (q, k and v).
+
+use super::Workspace;
+use crate::checkpoint::{Checkpoint, FloatType, Stored};
+use crate::quant::four_bit::{Compute, FourBit};
+use crate::quant::int8::Int8Input;
+use crate::spec::{Lin, Tensor};
+use quetsch_kernels::gemm::{Size, matmul};
+use quetsch_kernels::{four_bit, int8, math};
+
+/// What a linear reads.
+pub struct Input<'a> {
+    /// `[rows, k]`
+    pub values: &'a [f32],
+    /// Rows.
+    pub rows: usize,
+    /// Row borders of the sequences.
+    pub starts: &'a [usize],
+}
+
+/// A closed set: one variant per scheme.
+enum Weight {
+    /// f32 `[k, n]`: f32, f16 and bf16 storage alike.
+    Dense(Vec<f32>),
+    /// int8 rows, the input quantised as `Int8Input` says.
+    Int8(int8::Matrix, Int8Input),
+    /// 4-bit blocks, decoded a panel of rows at a time.
+    FourBit(FourBit),
+}
+
+/// `[k]` -> `[n]`, some columns of the output.
+struct Part {
+    weight: Weight,
+    /// First column of the output.
+    offset: usize,
+    n: usize,
+}
+
+/// Packed for this machine; lives in RAM only.
+pub struct Linear {
+    parts: Vec<Part>,
+    bias: Vec<f32>,
+    k: usize,
+}
+
+impl Linear {
+    /// Packs the linears at `sites`, which read the same input, side by side.
+    pub fn pack(ck: &Checkpoint, sites: &[Lin]) -> Linear {
+        let bias: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::B(*s)).into_owned()).collect();
+        let width = |s: Lin| ck.get(Tensor::B(s)).len();
+        let k = ck.spec.linears().iter().find(|(s, ..)| *s == sites[0]).map_or(0, |(_, _, k)| *k);
+        let mut parts = vec![];
+        let dense = |s: &Lin| matches!(ck.get(Tensor::W(*s)), Stored::Float { .. });
+        if sites.iter().all(dense) {
+            parts.push(Part {
+                weight: Weight::Dense(transposed(ck, sites, k, bias.len())),
+                offset: 0,
+                n: bias.len(),
+            });
+            return Linear { parts, bias, k };
+        }
+        let mut offset = 0;
+        for &s in sites {
+            let n = width(s);
+            let weight = match ck.get(Tensor::W(s)) {
+                Stored::Float { .. } => Weight::Dense(transposed(ck, &[s], k, n)),
+                Stored::Int8(q) => {
+                    let scale = q.scb.iter().map(|s| s / 127.0).collect();
+                    Weight::Int8(int8::Matrix { values: q.values.clone(), scale, k }, q.input)
+                }
+                Stored::FourBit(q) => Weight::FourBit(q.clone()),
+            };
+            parts.push(Part { weight, offset, n });
+            offset += n;
+        }
+        Linear { parts, bias, k }
+    }
+
+    /// Width of the output.
+    pub fn n(&self) -> usize {
+        self.bias.len()
+    }
+
+    /// The bias, which the caller adds together with the non-linearity.
+    pub fn bias(&self) -> &[f32] {
+        &self.bias
+    }
+
+    /// out `[rows, n]` = x W^T.
+    pub(super) fn run(&self, x: &Input, ws: &mut Workspace, out: &mut [f32]) {
+        let stride = self.n();
+        for part in &self.parts {
+            let size = Size { m: x.rows, n: part.n, k: self.k };
+            // With no column of its own there may be no element behind the offset.
+            let out = out.get_mut(part.offset..).unwrap_or_default();
+            match &part.weight {
+                Weight::Dense(w) => matmul(size, x.values, w, out, stride),
+                Weight::Int8(w, Int8Input::Dynamic) => dynamic(x.values, x.rows, w, ws, out, stride),
+                Weight::Int8(w, Int8Input::Mixed { threshold }) => mixed(x, w, *threshold, ws, out, stride),
+                Weight::FourBit(w) => panels(size, x.values, w, ws, out, stride),
+            }
+        }
+    }
+}
+
+/// W `[n, k]` of several sites -> `[k, n]`: the layout in which the f32 product is fastest.
+fn transposed(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Vec<f32> {
+    let mut out = vec![0.0; n * k];
+    let mut column = 0;
+    for s in sites {
+        for row in ck.values(Tensor::W(*s)).chunks_exact(k.max(1)) {
+            row.iter().enumerate().for_each(|(i, v)| out[i * n + column] = *v);
+            column += 1;
+        }
+    }
+    out
+}
+
+/// Input rows quantised by their own absmax at run time.
+fn dynamic(values: &[f32], rows: usize, w: &int8::Matrix, ws: &mut Workspace, out: &mut [f32], stride: usize) {
+    let (mut q, mut scale) = (ws.bytes(rows * w.k), ws.floats(rows));
+    int8::quantise(values, w.k, &mut q[..rows * w.k], &mut scale[..rows]);
+    int8::matmul(&q, &scale[..rows], w, out, stride);
+    ws.bytes.push(q);
+    ws.floats.push(scale);
+}
+
+/// LLM.int8() (Dettmers et al. 2022): the input is rounded to f16; columns in which some element of the *sequence*
+/// reaches the threshold are multiplied in float, the rest as in [`dynamic`].
+fn mixed(x: &Input, w: &int8::Matrix, threshold: f32, ws: &mut Workspace, out: &mut [f32], stride: usize) {
+    let (n, k) = (w.scale.len(), w.k);
+    let mut rest: Vec<f32> = x.values.iter().map(|v| FloatType::F16.round(*v)).collect();
+    let mut outliers = vec![]; // (row, column, value)
+    for s in x.starts.windows(2) {
+        let columns =
+            (0..k).filter(|c| threshold > 0.0 && (s[0]..s[1]).any(|r| rest[r * k + c].abs() >= threshold));
+        for c in columns.collect::<Vec<_>>() {
+            outliers.extend((s[0]..s[1]).map(|r| (r, c, std::mem::take(&mut rest[r * k + c]))));
+        }
+    }
+    dynamic(&rest, x.rows, w, ws, out, stride);
+    for (r, c, v) in outliers {
+        for j in 0..n {
+            out[r * stride + j] += v * f32::from(w.values[j * k + c]) * w.scale[j];
+        }
+    }
+}
+
+/// 4-bit weights: `PANEL` output columns are decoded, transposed and multiplied at a time. With [`Compute::Bf16`] the
+/// input, the weights and the result are rounded to bfloat16 and products are summed in f32.
+fn panels(size: Size, values: &[f32], w: &FourBit, ws: &mut Workspace, out: &mut [f32], stride: usize) {
+    const PANEL: usize = 64;
+    let Size { m, n, k } = size;
+    let bf16 = w.compute == Compute::Bf16;
+    let round = |v: f32| if bf16 { math::bf16(w.source.round(v)) } else { w.source.round(v) };
+    let table = |b: usize| {
+        let scale = w.absmax.scale(b);
+        std::array::from_fn(|i| round(w.map[i] * scale))
+    };
+    let (mut rows, mut panel, mut x) = (ws.floats(PANEL * k), ws.floats(PANEL * k), ws.floats(m * k));
+    if bf16 {
+        math::round_to_bf16(&values[..m * k], &mut x[..m * k]);
+    } else {
+        x[..m * k].copy_from_slice(&values[..m * k]);
+    }
+    for first in (0..n).step_by(PANEL) {
+        let width = PANEL.min(n - first);
+        four_bit::decode(&w.packed, w.block, first * k..(first + width) * k, table, &mut rows);
+        for (c, row) in rows[..width * k].chunks_exact(k.max(1)).enumerate() {
+            row.iter().enumerate().for_each(|(i, v)| panel[i * width + c] = *v);
+        }
+        matmul(Size { m, n: width, k }, &x[..m * k], &panel[..width * k], &mut out[first..], stride);
+        if bf16 {
+            for r in 0..m {
+                out[r * stride + first..][..width].iter_mut().for_each(|v| *v = math::bf16(*v));
+            }
+        }
+    }
+    [rows, panel, x].into_iter().for_each(|b| ws.floats.push(b));
+}

@@ -1,1 +1,23 @@
-//! Pruning is score, plan, apply: groups of coupled slices, a printable plan, and surgery.
+//! Structured pruning: score, plan, apply.
+//!
+//! The unit is the *group* of coupled slices, which leaves the shapes consistent when it goes: an attention head (rows
+//! of query, key and value weights and biases, columns of the attention output), a feed-forward channel (row and bias
+//! of the up projection, column of the down projection), a whole layer. Scores come from the weights ([`magnitude`],
+//! L1 or L2; Li et al. 2017) or from outside, such as gradients of a head mask (Michel et al. 2019). [`plan`] is pure
+//! and its [`Plan`] can be printed, stored and edited; [`apply`] only slices.
+//!
+//! The law that proves the surgery: *masking the groups ([`masks`]), then forward == applying the plan, then forward*.
+
+mod apply;
+mod budget;
+mod groups;
+mod plan;
+mod scores;
+
+pub use apply::{apply, dense, keep_layers};
+pub use budget::{Amount, Budget, ByLayer, Cut, Scope};
+pub use plan::{Parent, ParentLayer, Plan, VERSION, fingerprint, masks, plan};
+pub use scores::{Magnitude, Scores, magnitude};
+
+#[cfg(test)]
+mod tests;

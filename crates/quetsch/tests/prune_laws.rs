@@ -1,0 +1,230 @@
+//! The laws of pruning, on random small models, against the plain f64 forward and against the runtime.
+
+#![allow(clippy::unwrap_used)]
+
+mod reference;
+
+use proptest::prelude::*;
+use quetsch::batch::{Batch, Encoding};
+use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
+use quetsch::hooks;
+use quetsch::ops::{self, Inspect, With};
+use quetsch::prune::{Amount, Budget, Cut, Magnitude, Plan, Scope, Scores};
+use quetsch::prune::{apply, dense, keep_layers, magnitude, masks, plan};
+use quetsch::rng::Rng;
+use quetsch::runtime::{CpuOps, Model, Workspace};
+use quetsch::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
+use reference::{Masks, forward, lively, worst};
+
+/// The f64 forward sums in order, so zero terms change nothing: the largest distance of 20,000 random models was 0.
+const TINY: f64 = 1e-12;
+/// f32 against f32 of other shapes, and against f64: the largest distance of 20,000 random models was 3e-6.
+const SMALL: f64 = 1e-4;
+
+/// A small spec; layers without heads and without channels included. The large epsilon keeps LayerNorm from magnifying
+/// rounding where a row of so few numbers happens to be nearly constant.
+fn specs() -> impl Strategy<Value = ModelSpec> {
+    let layer = (prop::collection::vec(any::<bool>(), 4), 0..9usize);
+    let head = prop_oneof![
+        Just(HeadSpec::None),
+        (1..4usize).prop_map(|labels| HeadSpec::MeanMlp { labels }),
+        (1..4usize).prop_map(|labels| HeadSpec::Pooler { labels }),
+    ];
+    let layers = prop::collection::vec(layer, 1..4);
+    (layers, 4..9usize, 1..4usize, 1..5u16, head, any::<bool>()).prop_map(
+        |(layers, hidden, head_dim, original_heads, head, gelu)| ModelSpec {
+            prefix: if head == HeadSpec::None { "".into() } else { "bert.".into() },
+            vocab: 20,
+            positions: 8,
+            token_types: 2,
+            hidden,
+            head_dim,
+            original_heads,
+            layers: layers
+                .into_iter()
+                .map(|(keep, ffn)| LayerShape {
+                    heads: (0..original_heads).filter(|h| keep[*h as usize]).collect(),
+                    ffn,
+                })
+                .collect(),
+            ffn_activation: if gelu { Activation::Gelu } else { Activation::Relu },
+            norm_eps: 1e-2,
+            head,
+            unused_pooler: false,
+        },
+    )
+}
+
+/// Three sentences of random length.
+fn batch(spec: &ModelSpec, seed: u64) -> Batch {
+    let mut rng = Rng::new(seed);
+    let sentences: Vec<Encoding> = (0..3)
+        .map(|_| {
+            let n = 1 + rng.below(spec.positions);
+            let ids = (0..n).map(|_| rng.below(spec.vocab) as u32).collect();
+            Encoding { ids, types: (0..n).map(|_| rng.below(spec.token_types) as u32).collect() }
+        })
+        .collect();
+    Batch::new(spec, &sentences).unwrap()
+}
+
+/// The runtime's forward, masked at the taps.
+fn run(ck: &Checkpoint, batch: &Batch, masks: Masks) -> Vec<f64> {
+    let (model, mut ws) = (Model::pack(ck), Workspace::default());
+    let mut cpu = CpuOps::new(&model, &mut ws);
+    let y = ops::forward(&mut With { ops: &mut cpu, hook: &hooks::Masks(masks) }, &ck.spec, batch);
+    cpu.values(&y).into_iter().map(f64::from).collect()
+}
+
+/// A random plan that is legal: where a layer would lose everything, its channels stay.
+fn random_plan(spec: &ModelSpec, seed: u64) -> Plan {
+    let mut plan = plan(spec, &Scores::default(), &Budget::default()).unwrap();
+    let mut rng = Rng::new(seed);
+    for (l, layer) in spec.layers.iter().enumerate() {
+        let mut coin = || rng.below(2) == 0;
+        let heads: Vec<u16> = layer.heads.iter().copied().filter(|_| coin()).collect();
+        let ffn: Vec<usize> = (0..layer.ffn).filter(|_| coin()).collect();
+        let nothing_left = heads.len() == layer.heads.len() && ffn.len() == layer.ffn;
+        if !nothing_left {
+            (plan.heads[l], plan.ffn[l]) = (heads, ffn);
+        }
+    }
+    plan
+}
+
+fn random_scores(spec: &ModelSpec, seed: u64) -> Scores {
+    let mut rng = Rng::new(seed);
+    // Few different values, so that ties happen.
+    let mut some = |n: usize| (0..n).map(|_| rng.below(6) as f32).collect::<Vec<_>>();
+    Scores {
+        heads: spec.layers.iter().map(|s| some(s.heads.len())).collect(),
+        ffn: spec.layers.iter().map(|s| some(s.ffn)).collect(),
+        layers: some(spec.layers.len()),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(128) })]
+
+    /// Masking the groups, then forward == applying the plan, then forward.
+    #[test]
+    fn masking_is_pruning(spec in specs(), seed in any::<u64>()) {
+        let ck = lively(spec.clone(), seed);
+        let (plan, batch) = (random_plan(&spec, seed ^ 1), batch(&spec, seed ^ 2));
+        let masked = forward(&ck, &batch, &masks(&spec, &plan).unwrap());
+        let pruned = apply(&ck, &plan).unwrap();
+        prop_assert!(worst(&masked, forward(&pruned, &batch, &Masks::new())) < TINY);
+        prop_assert_eq!(plan.parameters(), pruned.parameters());
+        prop_assert_eq!(plan.child(&spec).unwrap(), pruned.spec);
+    }
+
+    /// The same law on the runtime, and the runtime against the plain f64 forward.
+    #[test]
+    fn masking_is_pruning_in_the_runtime(spec in specs(), seed in any::<u64>()) {
+        let ck = lively(spec.clone(), seed);
+        let (plan, batch) = (random_plan(&spec, seed ^ 1), batch(&spec, seed ^ 2));
+        let masks = masks(&spec, &plan).unwrap();
+        let masked = run(&ck, &batch, masks.clone());
+        let pruned = apply(&ck, &plan).unwrap();
+        prop_assert!(worst(&masked, run(&pruned, &batch, Masks::new())) < SMALL);
+        prop_assert!(worst(&masked, forward(&ck, &batch, &masks)) < SMALL);
+        let dense = dense(&pruned).unwrap();
+        prop_assert!(worst(&masked, run(&dense, &batch, Masks::new())) < SMALL);
+    }
+
+    /// Dropping layers and cutting groups in one plan == keeping the layers, then cutting.
+    #[test]
+    fn dropping_is_keeping_the_others(spec in specs(), seed in any::<u64>(), drop in 0..3usize) {
+        prop_assume!(spec.layers.len() > 1 && drop < spec.layers.len());
+        let ck = lively(spec.clone(), seed);
+        let mut both = random_plan(&spec, seed ^ 1);
+        both.layers = vec![drop];
+        both.heads[drop].clear();
+        both.ffn[drop].clear();
+        let kept = keep_layers(&ck, &both.kept_layers()).unwrap();
+        let mut rest = plan(&kept.spec, &Scores::default(), &Budget::default()).unwrap();
+        rest.heads = both.kept_layers().into_iter().map(|l| both.heads[l].clone()).collect();
+        rest.ffn = both.kept_layers().into_iter().map(|l| both.ffn[l].clone()).collect();
+        let (once, twice) = (apply(&ck, &both).unwrap(), apply(&kept, &rest).unwrap());
+        prop_assert_eq!(&once.spec, &twice.spec);
+        prop_assert!(once.tensors().eq(twice.tensors()));
+        prop_assert_eq!(both.parameters(), once.parameters());
+    }
+
+    /// The dense layout computes the same.
+    #[test]
+    fn dense_changes_no_answer(spec in specs(), seed in any::<u64>()) {
+        let (ck, batch) = (lively(spec.clone(), seed), batch(&spec, seed));
+        let dense = dense(&ck).unwrap();
+        let all: Vec<u16> = (0..spec.original_heads).collect();
+        let widest = spec.layers.iter().map(|s| s.ffn).max().unwrap();
+        prop_assert!(dense.spec.layers.iter().all(|s| s.heads == all && s.ffn == widest));
+        let (compact, dense) = (forward(&ck, &batch, &Masks::new()), forward(&dense, &batch, &Masks::new()));
+        prop_assert!(worst(&compact, dense) < TINY);
+    }
+
+    /// Whatever the budget: an error in words, or a plan that keeps its promises.
+    #[test]
+    fn plans_keep_their_budget(
+        spec in specs(), seed in any::<u64>(), share in 0.0..1.0f64, limit in 0.0..1.0f64, align in 1..5usize,
+        global in any::<bool>(),
+    ) {
+        let scope = if global { Scope::Global } else { Scope::PerLayer };
+        let cut = Cut { amount: Amount::Fraction(share), scope, max_per_layer: limit, align };
+        let budget = Budget { heads: cut.clone(), ffn: cut, layers: Amount::Nothing };
+        let scores = random_scores(&spec, seed);
+        let Ok(plan) = plan(&spec, &scores, &budget) else { return Ok(()) };
+        let heads: Vec<Vec<usize>> = spec.layers.iter().zip(&plan.heads)
+            .map(|(s, p)| p.iter().map(|h| s.heads.iter().position(|x| x == h).unwrap()).collect()).collect();
+        let sizes = |f: &dyn Fn(&LayerShape) -> usize| spec.layers.iter().map(f).collect::<Vec<_>>();
+        for (removed, sizes, scores) in [
+            (&heads, sizes(&|s| s.heads.len()), &scores.heads),
+            (&plan.ffn, sizes(&|s| s.ffn), &scores.ffn),
+        ] {
+            let total: usize = removed.iter().map(Vec::len).sum();
+            if global {
+                let wanted = (share * sizes.iter().sum::<usize>() as f64).round() as usize;
+                prop_assert!(total <= wanted && (align > 1 || total == wanted));
+            }
+            for (l, &n) in sizes.iter().enumerate() {
+                let kept = n - removed[l].len();
+                prop_assert!(removed[l].len() as f64 <= limit * n as f64 + 1e-6);
+                prop_assert!(kept == n || kept % align == 0);
+                let wanted = (share * n as f64).round() as usize;
+                prop_assert!(global || align > 1 || removed[l].len() == wanted);
+                // The lowest of the layer go, the first of equals.
+                let mut order: Vec<usize> = (0..n).collect();
+                order.sort_by(|&a, &b| scores[l][a].total_cmp(&scores[l][b]));
+                let mut lowest = order[..removed[l].len()].to_vec();
+                lowest.sort_unstable();
+                prop_assert_eq!(&lowest, &removed[l]);
+            }
+        }
+        let json = serde_json::to_string(&plan).unwrap();
+        prop_assert_eq!(&serde_json::from_str::<Plan>(&json).unwrap(), &plan);
+        prop_assert!(apply(&lively(spec, seed), &plan).is_ok());
+    }
+}
+
+/// A few float types go through surgery untouched.
+#[test]
+fn float_types_survive() {
+    let mut ck = lively(reference::uneven(HeadSpec::MeanMlp { labels: 3 }), 1);
+    for (tensor, dtype) in [(Tensor::W(Lin::Out(0)), FloatType::F16), (Tensor::B(Lin::Up(0)), FloatType::Bf16)] {
+        let data = ck.values(tensor).iter().map(|&x| dtype.round(x)).collect();
+        ck.set(tensor, Stored::Float { dtype, data });
+    }
+    let cut = Cut { amount: Amount::Count(2), ..Cut::default() };
+    let budget = Budget { heads: cut.clone(), ffn: cut, ..Budget::default() };
+    let plan = plan(&ck.spec, &magnitude(&ck, Magnitude::L2), &budget).unwrap();
+    let pruned = apply(&ck, &plan).unwrap();
+    let kind = |ck: &Checkpoint, t| match ck.get(t) {
+        Stored::Float { dtype, .. } => Some(*dtype),
+        _ => None,
+    };
+    for ck in [&pruned, &dense(&pruned).unwrap(), &keep_layers(&ck, &[0]).unwrap()] {
+        assert_eq!(kind(ck, Tensor::W(Lin::Out(0))), Some(FloatType::F16));
+        assert_eq!(kind(ck, Tensor::B(Lin::Up(0))), Some(FloatType::Bf16));
+        assert_eq!(kind(ck, Tensor::W(Lin::Up(0))), Some(FloatType::F32));
+    }
+}

@@ -1,1 +1,21 @@
-//! Training for Quetsch: the tape over the coarse ops, the optimiser, the one loop, distillation and pruning scores.
+//! Training for Quetsch: a tape over the coarse ops of [`quetsch::ops`], AdamW, and one loop.
+//!
+//! Fine-tuning, distillation and recovery after pruning differ in the [`Objective`], never in the loop ([`fit`]).
+//! Read [`tape`] first: each op's backward stands beside its forward.
+
+pub mod fit;
+pub mod loss;
+pub mod optim;
+pub mod params;
+pub mod schedule;
+pub mod scores;
+pub mod state;
+pub mod step;
+pub mod tape;
+
+pub use fit::{Event, FitError, FitSettings, Fitted, TrainSet, fit};
+pub use loss::{Losses, Objective};
+pub use schedule::Schedule;
+pub use scores::{ffn_scores, head_scores};
+pub use state::State;
+pub use tape::Dropout;

@@ -1,5 +1,7 @@
 //! By hand: what is scored, chosen, cut, printed and refused. The laws on random models are in `tests/prune_laws.rs`.
 
+#![allow(clippy::unwrap_used)]
+
 use super::*;
 use crate::checkpoint::{Checkpoint, Stored};
 use crate::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
@@ -223,7 +225,7 @@ fn a_plan_is_for_its_parent_only() {
     let pruned = apply(&ck, &good).unwrap();
     for wrong in [&other, &pruned] {
         let error = apply(wrong, &good).unwrap_err().to_string();
-        assert!(error.contains("another parent") || error.contains("made for a parent"), "{error}");
+        assert!(error.contains("made for a parent with"), "{error}");
     }
     let edits: [(&str, fn(&mut Plan)); 4] = [
         ("version 9, expected 1", |p| p.version = 9),
@@ -271,7 +273,7 @@ fn printed() {
     let plan = plan(&ck.spec, &scores, &budget).unwrap();
     let want = "\
 Pruning plan: 2 of 3 layers, 3 of 6 heads, 14 of 36 channels stay
-parameters: 328 -> 173 (-47.3%)
+parameters: 298 -> 143 (-52.0%)
 layer  heads     channels       removed (score)
     0  2 of 4    2 of 12        heads 0 (0.5000), 1 (0.2500); 10 channels (0.0000 to 9.0000)
     1  1 of 2    12 of 12       heads 2 (0.1250)

@@ -1,7 +1,7 @@
 //! A plain scalar f64 twin of the whole forward, for tests: no trait, no kernels, no packing, one loop per formula.
 //! It shares nothing with the runtime but the checkpoint and the batch. Quantised weights are dequantised, so it is
 //! the oracle for weight-only schemes and an upper bound for the others' distance.
-#![allow(dead_code)] // each test binary uses its part
+#![allow(dead_code, clippy::unwrap_used)] // each test binary uses its part
 
 use quetsch::batch::Batch;
 use quetsch::checkpoint::{Checkpoint, Stored};

@@ -1,0 +1,184 @@
+//! Byte equality with bitsandbytes 0.50.2 on a CPU. `fixtures/bnb_vectors.safetensors`: single matrices through its
+//! functions; `fixtures/bnb/*`: `fixtures/tiny_student` quantised by transformers 4.57.6.
+
+use quetsch::checkpoint::{FloatType, Stored};
+use quetsch::dir::{self, ModelDir};
+use quetsch::quant::{Absmax, Compute, FourBit, FourBitKind, FourBitOptions, Int8Input, Int8Rows, Scheme};
+use quetsch::quant::{default_keep, quantise};
+use quetsch::spec::{Lin, Tensor};
+use quetsch::tokenizer::TokenizerFiles;
+use std::path::{Path, PathBuf};
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}
+
+struct Tensors(Vec<u8>);
+
+impl Tensors {
+    fn read(path: impl AsRef<Path>) -> Tensors {
+        Tensors(std::fs::read(path).unwrap())
+    }
+
+    fn bytes(&self, name: &str) -> Vec<u8> {
+        safetensors::SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().data().to_vec()
+    }
+
+    fn f32s(&self, name: &str) -> Vec<f32> {
+        self.bytes(name).as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+    }
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+const MATRICES: [(&str, usize); 3] = [("odd_5x30", 30), ("outlier_64x64", 64), ("zeros_block_4x64", 64)];
+
+#[test]
+fn four_bit_matrices() {
+    let v = Tensors::read(fixture("bnb_vectors.safetensors"));
+    let kinds = [("nf4", FourBitKind::Nf4), ("fp4", FourBitKind::Fp4)];
+    for ((matrix, _), (name, kind)) in MATRICES.into_iter().flat_map(|m| kinds.map(|k| (m, k))) {
+        assert_eq!(bits(&kind.map()), bits(&v.f32s(&format!("{name}_code"))), "{name}");
+        let w = v.f32s(&format!("{matrix}.w"));
+        let options = |double_quant, source| FourBitOptions { kind, double_quant, source, compute: Compute::F32 };
+        let plain = FourBit::encode(&w, options(false, FloatType::F32));
+        let at = |part: &str| format!("{matrix}.{name}.{part}");
+        assert_eq!(plain.packed, v.bytes(&at("sq.packed")), "{matrix} {name}");
+        assert_eq!(plain.absmax, Absmax::Plain(v.f32s(&at("sq.absmax"))), "{matrix} {name}");
+        assert_eq!(bits(&plain.dequantise()), bits(&v.f32s(&at("sq.dequant"))), "{matrix} {name}");
+        let mut cases = vec![("dq", FloatType::F32)];
+        if kind == FourBitKind::Nf4 {
+            cases.extend([("dq.from_fp16", FloatType::F16), ("dq.from_bf16", FloatType::Bf16)]);
+        }
+        for (case, source) in cases {
+            let q = FourBit::encode(&w, options(true, source));
+            assert_eq!(q.packed, v.bytes(&at(&format!("{case}.packed"))), "{matrix} {name} {case}");
+            assert_eq!(
+                bits(&q.dequantise()),
+                bits(&v.f32s(&at(&format!("{case}.dequant")))),
+                "{matrix} {name} {case}"
+            );
+            let Absmax::Nested { codes, map, nested_absmax, offset, .. } = q.absmax else { panic!("not nested") };
+            assert_eq!(codes, v.bytes(&at(&format!("{case}.absmax"))), "{matrix} {name} {case}");
+            assert_eq!(bits(&map), bits(&v.f32s("nested_code")));
+            if case == "dq" {
+                assert_eq!(bits(&nested_absmax), bits(&v.f32s(&at("dq.nested_absmax"))), "{matrix} {name}");
+                assert_eq!(bits(&[offset]), bits(&v.f32s(&at("dq.offset"))), "{matrix} {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn int8_matrices() {
+    let v = Tensors::read(fixture("bnb_vectors.safetensors"));
+    for (matrix, columns) in MATRICES {
+        let q = Int8Rows::encode(&v.f32s(&format!("{matrix}.w")), columns, Int8Input::Dynamic);
+        let values: Vec<u8> = q.values.iter().map(|&q| q as u8).collect();
+        assert_eq!(values, v.bytes(&format!("{matrix}.int8.from_fp16.CB")), "{matrix}");
+        assert_eq!(bits(&q.scb), bits(&v.f32s(&format!("{matrix}.int8.from_fp16.SCB"))), "{matrix}");
+    }
+}
+
+#[test]
+fn whole_files_to_the_byte() {
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let cases = [
+        ("int8", Scheme::BnbInt8 { threshold: 6.0 }),
+        ("nf4", Scheme::Nf4 { double_quant: true, compute: Compute::Bf16 }),
+        ("nf4_single", Scheme::Nf4 { double_quant: false, compute: Compute::Bf16 }),
+        ("fp4", Scheme::Fp4 { double_quant: false, compute: Compute::F32 }),
+    ];
+    for (name, scheme) in cases {
+        let keep = default_keep(&source.spec);
+        let checkpoint = quantise(&source, &[("*".to_owned(), scheme)], &keep).unwrap();
+        let temporary = tempfile::tempdir().unwrap();
+        let out = temporary.path().join(name);
+        let model = ModelDir { checkpoint, tokenizer: TokenizerFiles::default() };
+        dir::write(&out, &model, false).unwrap();
+        let theirs = fixture("bnb").join(name);
+        let file = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+        assert!(file(&out) == file(&theirs), "{name}: bytes differ");
+        let dequantised = Tensors::read(theirs.join("dequantised.safetensors"));
+        for path in [theirs, out] {
+            let read = dir::read_checkpoint(&path).unwrap();
+            for ((def, ours), (_, stored)) in model.checkpoint.tensors().zip(read.tensors()) {
+                assert_eq!(ours, stored, "{name} {}", def.name);
+                if !matches!(stored, Stored::Float { .. }) {
+                    let values = read.values(def.tensor);
+                    assert_eq!(bits(&values), bits(&dequantised.f32s(&def.name)), "{name} {}", def.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn int8_without_our_key_is_llm_int8_and_with_it_what_it_says() {
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let temporary = tempfile::tempdir().unwrap();
+    let input = |path: &Path| match dir::read_checkpoint(path).unwrap().get(Tensor::W(Lin::Up(1))) {
+        Stored::Int8(q) => q.input,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(input(&fixture("bnb/int8")), Int8Input::Mixed { threshold: 6.0 });
+    for (name, scheme, expected) in [
+        ("a", Scheme::Int8, Int8Input::Dynamic),
+        ("b", Scheme::BnbInt8 { threshold: 4.5 }, Int8Input::Mixed { threshold: 4.5 }),
+    ] {
+        let checkpoint = quantise(&source, &[("*".to_owned(), scheme)], &[]).unwrap();
+        let out = temporary.path().join(name);
+        dir::write(&out, &ModelDir { checkpoint, tokenizer: TokenizerFiles::default() }, false).unwrap();
+        assert_eq!(input(&out), expected);
+        let config = std::fs::read_to_string(out.join("config.json")).unwrap();
+        assert!(config.contains("\"llm_int8_skip_modules\": []"), "everything is converted: {config}");
+    }
+}
+
+#[test]
+fn patterns_choose_and_keep_protects() {
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let spec = &source.spec;
+    let rules = |r: &[(&str, &str)]| -> Vec<(String, Scheme)> {
+        r.iter().map(|(p, s)| (p.to_string(), s.parse().unwrap())).collect()
+    };
+    let scheme = |rules_: &[(&str, &str)], t: Tensor| {
+        let q = quantise(&source, &rules(rules_), &default_keep(spec)).unwrap();
+        Scheme::of(q.get(t)).name()
+    };
+    let (down, up, last) = (Tensor::W(Lin::Down(0)), Tensor::W(Lin::Up(0)), Tensor::W(Lin::Classifier));
+    type Rules<'a> = &'a [(&'a str, &'a str)];
+    let table: [(Rules, Tensor, &str); 12] = [
+        (&[("*", "int8")], down, "int8"),
+        (&[("*", "int8"), ("layer.0.ffn_down", "bf16")], down, "bf16"),
+        (&[("*", "int8"), ("layer.0.ffn_down", "bf16")], up, "int8"),
+        (&[("layer.0.ffn_down", "bf16"), ("*", "int8")], down, "int8"),
+        (&[("backbone.encoder.layer.0.output.dense", "nf4")], down, "nf4"),
+        (&[("encoder.layer.*.output.dense", "fp4")], down, "fp4"),
+        (&[("layer.0.*", "int8-dynamic")], up, "int8"),
+        (&[("head.4", "f32"), ("*", "int8")], last, "f32"),
+        (&[("*", "f16"), ("*", "int8")], last, "f16"),
+        (&[("*", "f16")], Tensor::Word, "f16"),
+        (&[("*", "int8")], Tensor::Word, "f32"),
+        (&[("*", "nf4")], Tensor::W(Lin::UnusedPooler), "nf4"),
+    ];
+    for (rules, tensor, expected) in table {
+        assert_eq!(scheme(rules, tensor), expected, "{rules:?} {tensor:?}");
+    }
+    let q = quantise(&source, &rules(&[("*", "int8")]), &[]).unwrap();
+    assert_eq!(Scheme::of(q.get(last)), Scheme::Int8, "nothing kept");
+    let fail = |ck, r: &[(&str, &str)], keep: &[String]| quantise(ck, &rules(r), keep).unwrap_err().to_string();
+    assert!(fail(&source, &[("layer.9.ffn_down", "int8")], &[]).contains("matches nothing"));
+    assert!(fail(&source, &[("*", "int8")], &["nothing".into()]).contains("matches nothing"));
+    assert!(fail(&q, &[("*", "nf4")], &[]).contains("already"));
+    let mut large = source.clone();
+    let mut w = large.values(up).into_owned();
+    w[7] = 70000.0;
+    large.set(up, Stored::f32(w));
+    assert!(fail(&large, &[("*", "int8")], &[]).contains("element 7"));
+    for (name, message) in [("int8-static", "planned"), ("int4", "expected one of f32")] {
+        assert!(name.parse::<Scheme>().unwrap_err().to_string().contains(message));
+    }
+}

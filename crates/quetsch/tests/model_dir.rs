@@ -1,0 +1,443 @@
+//! Model directories: what is written reads back, what transformers wrote reads, what is broken is one clear error.
+
+use proptest::prelude::*;
+use quetsch::checkpoint::{Checkpoint, Stored};
+use quetsch::config;
+use quetsch::dir::{self, ModelDir};
+use quetsch::quant::quantise;
+use quetsch::spec::{Activation, HeadSpec, LayerShape, ModelSpec, Tensor};
+use quetsch::tokenizer::TokenizerFiles;
+use serde_json::{Map, Value, json};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}
+
+fn write(path: &Path, checkpoint: &Checkpoint) {
+    let tokenizer = TokenizerFiles::default();
+    dir::write(path, &ModelDir { checkpoint: checkpoint.clone(), tokenizer }, true).unwrap();
+}
+
+fn assert_same(a: &Checkpoint, b: &Checkpoint) {
+    assert_eq!(a.spec, b.spec);
+    assert_eq!(a.labels, b.labels);
+    assert_eq!(a.max_length, b.max_length);
+    for ((def, x), (_, y)) in a.tensors().zip(b.tensors()) {
+        assert_eq!(x, y, "{}", def.name);
+    }
+}
+
+#[test]
+fn reads_what_transformers_wrote() {
+    let student = dir::read(fixture("tiny_student")).unwrap();
+    let (spec, ck) = (&student.checkpoint.spec, &student.checkpoint);
+    assert_eq!(spec.prefix, "backbone.");
+    assert_eq!(
+        spec.layers.iter().map(|l| &l.heads[..]).collect::<Vec<_>>(),
+        [&[0, 2][..], &[0, 1, 2, 3], &[1, 2, 3]]
+    );
+    assert_eq!((spec.head, spec.unused_pooler), (HeadSpec::MeanMlp { labels: 5 }, true));
+    assert_eq!((ck.labels[2].as_str(), ck.max_length), ("change_pin", Some(16)));
+    assert_eq!(student.tokenizer.files.len(), 4);
+    // Sharded, f16, no names for the labels.
+    let bert = dir::read_checkpoint(fixture("tiny_bert")).unwrap();
+    assert_eq!(bert.spec.layers[1].heads, [0, 1, 3]);
+    assert_eq!((bert.spec.head, bert.spec.unused_pooler), (HeadSpec::Pooler { labels: 2 }, false));
+    assert_eq!(bert.labels, ["LABEL_0", "LABEL_1"]);
+    assert!(student.checkpoint.warnings.is_empty() && bert.warnings.is_empty());
+}
+
+#[test]
+fn unknown_keys_and_tokenizer_files_survive() {
+    let mut model = dir::read(fixture("tiny_student")).unwrap();
+    model.checkpoint.config.insert("attn_implementation".into(), json!("eager"));
+    model.checkpoint.config.insert("torch_dtype".into(), json!("float64"));
+    let temporary = tempfile::tempdir().unwrap();
+    let out = temporary.path().join("out");
+    dir::write(&out, &model, false).unwrap();
+    assert!(dir::write(&out, &model, false).unwrap_err().to_string().contains("--force"));
+    let again = dir::read(&out).unwrap();
+    assert_eq!(again.tokenizer, model.tokenizer);
+    assert_same(&again.checkpoint, &model.checkpoint);
+    let config = &again.checkpoint.config;
+    assert_eq!(config["attn_implementation"], "eager");
+    assert_eq!(config["student_pruned_heads"], json!({"0": [1, 3], "2": [0]}));
+    assert_eq!(config["dtype"], "float32");
+    assert!(!config.contains_key("torch_dtype"));
+    let weights = |p: &Path| fs::read(p.join("model.safetensors")).unwrap();
+    assert!(weights(&out) == weights(&fixture("tiny_student")), "the same tensors are the same file");
+}
+
+fn small(head: HeadSpec, prefix: &str, unused_pooler: bool) -> ModelSpec {
+    let layers = vec![
+        LayerShape { heads: vec![0, 2], ffn: 6 },
+        LayerShape { heads: vec![], ffn: 9 },
+        LayerShape { heads: vec![0, 1, 2, 3], ffn: 0 },
+    ];
+    ModelSpec {
+        prefix: prefix.into(),
+        vocab: 11,
+        positions: 7,
+        token_types: 2,
+        hidden: 8,
+        head_dim: 2,
+        original_heads: 4,
+        layers,
+        ffn_activation: Activation::Gelu,
+        norm_eps: 1e-12,
+        head,
+        unused_pooler,
+    }
+}
+
+#[test]
+fn every_scheme_reads_back_as_written() {
+    let temporary = tempfile::tempdir().unwrap();
+    let labels = || vec!["a".to_owned(), "b".to_owned(), "c ü".to_owned()];
+    let heads = [
+        (HeadSpec::MeanMlp { labels: 3 }, "backbone.", true, labels()),
+        (HeadSpec::Pooler { labels: 3 }, "bert.", false, labels()),
+        (HeadSpec::None, "", true, vec![]),
+        (HeadSpec::None, "bert.", false, vec![]),
+    ];
+    for (i, (head, prefix, unused, labels)) in heads.into_iter().enumerate() {
+        let mut ck = Checkpoint::random(small(head, prefix, unused), labels, 7).unwrap();
+        ck.max_length = Some(5);
+        for scheme in ["f32", "f16", "bf16", "int8", "bnb-int8", "nf4", "fp4"] {
+            let q = quantise(&ck, &[("*".into(), scheme.parse().unwrap())], &[]).unwrap();
+            let out = temporary.path().join(format!("{i}-{scheme}"));
+            write(&out, &q);
+            assert_same(&q, &dir::read_checkpoint(&out).unwrap());
+        }
+        // Several schemes in one model.
+        let rules = [("*", "bf16"), ("layer.0.*", "int8"), ("layer.0.ffn_*", "nf4"), ("layer.2.query", "bnb-int8")];
+        let rules: Vec<_> = rules.iter().map(|(p, s)| (p.to_string(), s.parse().unwrap())).collect();
+        let q = quantise(&ck, &rules, &[]).unwrap();
+        let out = temporary.path().join(format!("{i}-mixed"));
+        write(&out, &q);
+        assert_same(&q, &dir::read_checkpoint(&out).unwrap());
+    }
+}
+
+prop_compose! {
+    fn any_layer(original: u16)(heads in proptest::collection::btree_set(0..original, 0..=original as usize), ffn in 0usize..20)
+        -> LayerShape { LayerShape { heads: heads.into_iter().collect(), ffn } }
+}
+
+prop_compose! {
+    fn any_spec()(original_heads in 1u16..6)(
+        layers in proptest::collection::vec(any_layer(original_heads), 0..4),
+        (vocab, positions, token_types) in (1usize..40, 1usize..20, 1usize..4),
+        (hidden, head_dim) in (1usize..20, 1usize..9),
+        original_heads in Just(original_heads),
+        relu in any::<bool>(),
+        norm_eps in prop::sample::select(vec![1e-12f32, 1e-5, 1e-7, 0.1]),
+        (kind, labels, pooler) in (0..4, 1usize..9, any::<bool>()),
+    ) -> ModelSpec {
+        let (prefix, head) = match kind {
+            0 => ("", HeadSpec::None),
+            1 => ("bert.", HeadSpec::None),
+            2 => ("backbone.", HeadSpec::MeanMlp { labels }),
+            _ => ("bert.", HeadSpec::Pooler { labels }),
+        };
+        ModelSpec {
+            prefix: prefix.into(), vocab, positions, token_types, hidden, head_dim, original_heads, layers,
+            ffn_activation: if relu { Activation::Relu } else { Activation::Gelu },
+            norm_eps, head, unused_pooler: pooler && kind != 3,
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn spec_to_config_to_spec(spec in any_spec(), max_length in proptest::option::of(1usize..99)) {
+        let labels: Vec<String> = (0..spec.head.labels()).map(|i| format!("label \"{i}\"")).collect();
+        let mut ck = Checkpoint::random(spec, labels, 1).unwrap();
+        ck.max_length = max_length;
+        let rendered = config::render(&ck).unwrap();
+        // Through text, as a file would go.
+        let map: Map<String, Value> = serde_json::from_str(&serde_json::to_string(&rendered).unwrap()).unwrap();
+        let shapes = ck.spec.tensors().into_iter().map(|d| (d.name, d.shape)).collect();
+        let read = config::parse(&map, &shapes, Path::new("config.json")).unwrap();
+        prop_assert_eq!(&read.spec, &ck.spec);
+        prop_assert_eq!(&read.labels, &ck.labels);
+        prop_assert_eq!(read.max_length, max_length);
+        prop_assert!(read.warnings.is_empty(), "{:?}", read.warnings);
+        // Rendering what was read changes nothing.
+        ck.config = map.clone();
+        prop_assert_eq!(config::render(&ck).unwrap(), map);
+    }
+}
+
+/// tiny_student with an edited config.
+fn with_config(edit: impl FnOnce(&mut Map<String, Value>)) -> quetsch::Result<Checkpoint> {
+    let temporary = tempfile::tempdir().unwrap();
+    let source = fixture("tiny_student");
+    let mut map = serde_json::from_slice(&fs::read(source.join("config.json")).unwrap()).unwrap();
+    edit(&mut map);
+    fs::write(temporary.path().join("config.json"), serde_json::to_vec(&map).unwrap()).unwrap();
+    fs::copy(source.join("model.safetensors"), temporary.path().join("model.safetensors")).unwrap();
+    dir::read_checkpoint(temporary.path())
+}
+
+#[test]
+fn configs_that_are_refused() {
+    let table: [(&str, Value, &str); 27] = [
+        ("model_type", json!("roberta"), "supported are: bert"),
+        ("position_embedding_type", json!("relative_key"), "supported is: absolute"),
+        ("hidden_act", json!("gelu_new"), "supported are: gelu, relu"),
+        ("is_decoder", json!(true), "only encoders"),
+        ("problem_type", json!("multi_label_classification"), "single_label_classification"),
+        ("hidden_size", json!(33), "not a multiple"),
+        ("hidden_size", json!(-1), "a whole number"),
+        ("num_attention_heads", json!(0), "not a multiple"),
+        ("num_attention_heads", json!(70000), "not a multiple"),
+        ("num_hidden_layers", json!(1e9), "a whole number"),
+        ("num_hidden_layers", json!(1000000000), "at most 1024"),
+        ("vocab_size", json!(0), "vocab_size is 0"),
+        ("layer_norm_eps", json!(0), "layer_norm_eps"),
+        ("architectures", json!("StudentHFModel"), "a list of names"),
+        ("id2label", json!({"0": "a", "2": "b"}), "none for class 1"),
+        ("id2label", json!({"0": "a", "x": "b"}), "not a class index"),
+        ("id2label", json!({"0": "a", "00": "b"}), "twice"),
+        ("id2label", json!({"0": 5}), "expected a name"),
+        ("id2label", json!(["a", "b"]), "id2label is"),
+        ("student_pruned_heads", json!({"3": [0]}), "no layer"),
+        ("student_pruned_heads", json!({"0": [4]}), "expected 0 to 3"),
+        ("student_pruned_heads", json!({"0": [-1]}), "expected 0 to 3"),
+        ("student_pruned_heads", json!([0]), "student_pruned_heads is"),
+        ("pruned_heads", json!({"0": [1]}), "remove different heads"),
+        ("quetsch", json!({"version": 99}), "newer Quetsch"),
+        ("quetsch", json!({"version": 1, "layers": [{"heads": [0], "ffn": 48}]}), "lists 1 layers"),
+        ("quetsch", json!({"version": 1, "sites": {"head.1": "int3"}}), "site head.1"),
+    ];
+    for (key, value, message) in table {
+        let e = with_config(|c| drop(c.insert(key.into(), value.clone()))).unwrap_err().to_string();
+        assert!(e.contains(message) && e.contains("config.json"), "{key} = {value}: {e}");
+    }
+    let stale = json!({"version": 1, "layers": vec![json!({"heads": [0], "ffn": 48}); 3]});
+    let e = with_config(|c| drop(c.insert("quetsch".into(), stale))).unwrap_err().to_string();
+    assert!(e.contains("layer 0: key `quetsch` keeps heads [0]"), "{e}");
+}
+
+#[test]
+fn configs_that_are_odd_but_fine() {
+    let same = |c: &Checkpoint| assert_eq!(c.spec, dir::read_checkpoint(fixture("tiny_student")).unwrap().spec);
+    // Silent where the tensors speak.
+    let quiet = with_config(|c| {
+        for key in ["architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "id2label"] {
+            c.shift_remove(key);
+        }
+        for key in
+            ["intermediate_size", "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps"]
+        {
+            c.shift_remove(key);
+        }
+    });
+    let quiet = quiet.unwrap();
+    same(&quiet);
+    assert_eq!(quiet.labels[4], "LABEL_4");
+    let own_class = with_config(|c| drop(c.insert("architectures".into(), json!(["MyStudent"])))).unwrap();
+    same(&own_class);
+    for (key, value, warning) in [
+        ("label2id", json!({"lost_card": 3}), "label2id disagrees"),
+        ("num_labels", json!(7), "num_labels and id2label disagree"),
+        ("id2label", json!({"0": "a", "1": "a", "2": "c", "3": "d", "4": "e"}), "twice"),
+    ] {
+        let c = with_config(|c| drop(c.insert(key.into(), value))).unwrap();
+        assert!(c.warnings.iter().any(|w| w.contains(warning)), "{key}: {:?}", c.warnings);
+    }
+    let nulls = with_config(|c| {
+        c.insert("problem_type".into(), Value::Null);
+        c.insert("pruned_heads".into(), json!({}));
+    });
+    same(&nulls.unwrap());
+}
+
+fn parts(path: &Path) -> (Map<String, Value>, Vec<u8>) {
+    let file = fs::read(path.join("model.safetensors")).unwrap();
+    let n = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    (serde_json::from_slice(&file[8..8 + n]).unwrap(), file[8 + n..].to_vec())
+}
+
+fn join(header: &str, data: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}
+
+/// tiny_student's config beside other weights.
+fn with_weights(bytes: &[u8]) -> quetsch::Result<Checkpoint> {
+    let temporary = tempfile::tempdir().unwrap();
+    fs::copy(fixture("tiny_student/config.json"), temporary.path().join("config.json")).unwrap();
+    fs::write(temporary.path().join("model.safetensors"), bytes).unwrap();
+    dir::read_checkpoint(temporary.path())
+}
+
+#[test]
+fn one_error_lists_every_wrong_tensor() {
+    let (mut header, data) = parts(&fixture("tiny_student"));
+    let rename = |h: &mut Map<String, Value>, from: &str, to: &str| {
+        let v = h.shift_remove(from).unwrap();
+        h.insert(to.into(), v);
+    };
+    rename(&mut header, "head.4.bias", "head.5.bias");
+    rename(&mut header, "head.1.bias", "cls.predictions.bias");
+    rename(
+        &mut header,
+        "backbone.encoder.layer.0.output.LayerNorm.bias",
+        "backbone.encoder.layer.0.output.LayerNorm.beta",
+    );
+    header["head.4.weight"]["shape"] = json!([32, 5]);
+    header["backbone.pooler.dense.weight"]["dtype"] = json!("I32");
+    let e = with_weights(&join(&Value::from(header.clone()).to_string(), &data)).unwrap_err().to_string();
+    for line in [
+        "5 tensors do not agree",
+        "missing head.4.bias [5]",
+        "missing head.1.bias [32]",
+        "extra head.5.bias [5]",
+        "head.4.weight: expected shape [5, 32], found [32, 5]",
+        "backbone.pooler.dense.weight: type I32",
+    ] {
+        assert!(e.contains(line), "{line}: {e}");
+    }
+    assert!(!e.contains("cls.") && !e.contains("LayerNorm"), "{e}");
+}
+
+#[test]
+fn a_number_that_is_none_is_named() {
+    for (value, shown) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+        let mut ck = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+        let mut word = ck.values(Tensor::Word).into_owned();
+        word[37] = value;
+        ck.set(Tensor::Word, Stored::f32(word));
+        let temporary = tempfile::tempdir().unwrap();
+        let out = temporary.path().join("out");
+        write(&out, &ck);
+        let e = dir::read_checkpoint(&out).unwrap_err().to_string();
+        assert!(e.contains("word_embeddings.weight: element 37") && e.contains(shown), "{e}");
+    }
+}
+
+#[test]
+fn missing_files_are_named() {
+    let temporary = tempfile::tempdir().unwrap();
+    let here = temporary.path();
+    let fails = |path: &Path| dir::read_checkpoint(path).unwrap_err().to_string();
+    assert!(fails(&here.join("nowhere")).contains("no such folder"));
+    assert!(fails(here).contains("config.json"));
+    fs::copy(fixture("tiny_bert/config.json"), here.join("config.json")).unwrap();
+    assert!(fails(&here.join("config.json")).contains("not a folder"));
+    let e = fails(here);
+    assert!(e.contains("model.safetensors") && e.contains("model.safetensors.index.json"), "{e}");
+    fs::write(here.join("pytorch_model.bin"), b"").unwrap();
+    assert!(fails(here).contains("save_pretrained"));
+    for (index, message) in [
+        ("{", "not a shard index"),
+        (r#"{"weight_map": {}}"#, "empty"),
+        (r#"{"weight_map": {"a": "../x"}}"#, "plain file name"),
+        (r#"{"weight_map": {"a": "gone.safetensors"}}"#, "gone.safetensors"),
+    ] {
+        fs::write(here.join("model.safetensors.index.json"), index).unwrap();
+        let e = fails(here);
+        assert!(e.contains(message), "{e}");
+    }
+    for f in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] {
+        fs::copy(fixture("tiny_bert").join(f), here.join(f)).unwrap();
+    }
+    let index = fs::read_to_string(fixture("tiny_bert/model.safetensors.index.json")).unwrap();
+    let index = index.replacen("\"bert.", "\"bart.", 1);
+    fs::write(here.join("model.safetensors.index.json"), index).unwrap();
+    assert!(fails(here).contains("not there: bart."));
+    fs::write(here.join("config.json"), b"[1, 2]").unwrap();
+    assert!(fails(here).contains("not a JSON object"));
+}
+
+#[test]
+fn hostile_files_are_errors() {
+    let (header, data) = parts(&fixture("tiny_student"));
+    let text = Value::from(header.clone()).to_string();
+    assert!(with_weights(&join(&text, &data)).is_ok());
+    let edited = |edit: &dyn Fn(&mut Map<String, Value>)| {
+        let mut h = header.clone();
+        edit(&mut h);
+        join(&Value::from(h).to_string(), &data)
+    };
+    let huge = u64::MAX / 8;
+    let chain: Map<String, Value> = (0..9u64)
+        .map(|i| {
+            (
+                i.to_string(),
+                json!({"dtype": "U8", "shape": [huge], "data_offsets": [i * huge, (i + 1).saturating_mul(huge)]}),
+            )
+        })
+        .collect();
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("empty", vec![]),
+        ("seven bytes", vec![0; 7]),
+        ("length 2^64 - 1", [&[0xff; 8][..], b"{}"].concat()),
+        ("length 2^40", [&(1u64 << 40).to_le_bytes()[..], &data].concat()),
+        ("no JSON", join("hello", &data)),
+        ("not an object", join("[]", &data)),
+        ("not UTF-8", [&2u64.to_le_bytes()[..], &[0xff, 0xfe], &data].concat()),
+        ("deep", join(&"[".repeat(100_000), &data)),
+        ("data cut", join(&text, &data[..data.len() - 1])),
+        ("data too long", join(&text, &[&data[..], b"x"].concat())),
+        ("offsets near 2^64", join(&Value::from(chain).to_string(), &data)),
+        ("shape too large", edited(&|h| h["head.4.bias"]["shape"] = json!([u64::MAX, u64::MAX]))),
+        ("overlap", edited(&|h| h["head.4.bias"]["data_offsets"] = json!([0, 20]))),
+        ("backwards", edited(&|h| h["head.4.bias"]["data_offsets"] = json!([20, 0]))),
+        ("unknown type", edited(&|h| h["head.4.bias"]["dtype"] = json!("F12"))),
+    ];
+    for (name, bytes) in cases {
+        let e = with_weights(&bytes).err().unwrap_or_else(|| panic!("{name} was read")).to_string();
+        assert!(e.contains("model.safetensors"), "{name}: {e}");
+    }
+}
+
+/// Every cut and many flips of small valid files: an error or a checkpoint, never a panic.
+#[test]
+fn damaged_files_never_panic() {
+    let temporary = tempfile::tempdir().unwrap();
+    let mut spec = small(HeadSpec::MeanMlp { labels: 2 }, "backbone.", true);
+    spec.layers.truncate(2);
+    let ck = Checkpoint::random(spec, vec!["a".into(), "b".into()], 3).unwrap();
+    for scheme in ["f16", "int8", "nf4"] {
+        let out = temporary.path().join(scheme);
+        write(&out, &quantise(&ck, &[("*".into(), scheme.parse().unwrap())], &[]).unwrap());
+        let good = fs::read(out.join("model.safetensors")).unwrap();
+        let config = fs::read(out.join("config.json")).unwrap();
+        let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+        let place = out.join("model.safetensors");
+        for cut in (0..good.len()).step_by(53) {
+            fs::write(&place, &good[..cut]).unwrap();
+            assert!(dir::read_checkpoint(&out).is_err(), "{scheme} cut at {cut}");
+        }
+        let mut rng = quetsch::rng::Rng::new(5);
+        let mut next = |n: usize| (rng.normal().abs() * 1e6) as usize % n;
+        for i in 0..600 {
+            let mut bad = good.clone();
+            // Half of the flips hit the header, the other half anything.
+            let at = if i % 2 == 0 { next(header) } else { next(bad.len()) };
+            bad[at] = match i % 3 {
+                0 => b'0' + (next(10) as u8),
+                1 => bad[at] ^ (1 << next(8)),
+                _ => next(256) as u8,
+            };
+            fs::write(&place, &bad).unwrap();
+            if let Ok(read) = dir::read_checkpoint(&out) {
+                read.to_f32();
+            }
+        }
+        fs::write(&place, &good).unwrap();
+        for i in 0..600 {
+            let mut bad = config.clone();
+            let at = next(bad.len());
+            bad[at] = if i % 2 == 0 { b'0' + (next(10) as u8) } else { bad[at] ^ (1 << next(8)) };
+            fs::write(out.join("config.json"), &bad).unwrap();
+            if let Ok(read) = dir::read_checkpoint(&out) {
+                read.to_f32();
+            }
+        }
+    }
+}

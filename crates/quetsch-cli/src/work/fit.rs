@@ -15,7 +15,7 @@ use quetsch::tokenizer::{Tokenizer, TokenizerFiles};
 use quetsch_train::{Dropout, Event, FitError, FitSettings, Objective, State, TrainSet, fit};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -137,7 +137,7 @@ impl Fit<'_> {
                 }
                 Event::Epoch { epoch, epochs: total, checkpoint, mean } => self
                     .validate(checkpoint, epoch, &best_dir)
-                    .and_then(|accuracy| {
+                    .map(|accuracy| {
                         let validation = accuracy.map(|a| format!(", validation {}", percent(a)));
                         let line = format!(
                             "{}: epoch {epoch}/{total}  loss {:.4}{}  {}",
@@ -157,7 +157,6 @@ impl Fit<'_> {
                             kl: mean.kl,
                             validation_accuracy: accuracy,
                         });
-                        metrics.flush()
                     }),
             };
             match handled {
@@ -171,7 +170,6 @@ impl Fit<'_> {
         };
         let fitted = fit(self.start, &set, &self.objective, &self.fit_settings(), Some(&state), &mut on);
         drop(bar);
-        metrics.flush()?;
         if let Some(e) = trouble {
             return Err(e);
         }
@@ -270,7 +268,7 @@ struct Line {
 
 struct Metrics {
     path: PathBuf,
-    file: BufWriter<File>,
+    file: File,
 }
 
 impl Metrics {
@@ -279,16 +277,13 @@ impl Metrics {
         let mut options = OpenOptions::new();
         options.create(true).append(resume).write(true).truncate(!resume);
         let file = options.open(path).with_context(cannot)?;
-        Ok(Metrics { path: path.into(), file: BufWriter::new(file) })
+        Ok(Metrics { path: path.into(), file })
     }
 
     fn write(&mut self, line: &Line) -> Result<()> {
-        serde_json::to_writer(&mut self.file, line)?;
-        self.file.write_all(b"\n").with_context(|| format!("cannot write {}", self.path.display()))
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        self.file.flush().with_context(|| format!("cannot write {}", self.path.display()))
+        // One write a line: what a killed run was at must be in the file when it goes on.
+        let line = format!("{}\n", serde_json::to_string(line)?);
+        self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
     }
 
     /// Drops what a killed run wrote after the step that it goes on from.
@@ -297,7 +292,6 @@ impl Metrics {
         struct Step {
             step: usize,
         }
-        self.flush()?;
         let mut kept = vec![];
         for line in BufReader::new(File::open(&self.path)?).lines() {
             let line = line?;
@@ -311,8 +305,7 @@ impl Metrics {
         Ok(())
     }
 
-    fn read(mut self) -> Result<Vec<u8>> {
-        self.flush()?;
+    fn read(self) -> Result<Vec<u8>> {
         fs::read(&self.path).with_context(|| format!("cannot read {}", self.path.display()))
     }
 }

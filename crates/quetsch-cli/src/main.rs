@@ -7,6 +7,7 @@ mod recipe;
 mod settings;
 mod ui;
 mod values;
+mod work;
 
 use std::process::ExitCode;
 

@@ -441,6 +441,18 @@ impl Kind {
     }
 }
 
+impl Kind {
+    /// The seed, for stages that have one.
+    pub fn seed(&self) -> Option<u64> {
+        match self {
+            Kind::Train(s) => s.training.seed,
+            Kind::Distill(s) => s.training.seed,
+            Kind::Prune(s) => s.training.seed,
+            _ => None,
+        }
+    }
+}
+
 impl Recipe {
     /// The recipe with nothing left open, as a recipe again.
     pub fn to_toml(&self) -> Result<String> {

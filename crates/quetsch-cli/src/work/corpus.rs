@@ -100,11 +100,8 @@ pub fn facts(training: &Training, test: Option<&Test>) -> Facts {
 
 /// blake3 of a file's bytes.
 pub fn hash_file(path: &Path) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    let file = std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    std::io::copy(&mut std::io::BufReader::with_capacity(1 << 20, file), &mut hasher)
-        .with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(hasher.finalize().to_hex().to_string())
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(blake3::hash(&bytes).to_hex().to_string())
 }
 
 /// blake3 of several texts, their borders included.

@@ -12,8 +12,9 @@ use quetsch::dir::{self, ModelDir};
 use quetsch::metrics::argmax;
 use quetsch::runtime::Model;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles};
-use quetsch_train::{Dropout, Event, FitError, FitSettings, Objective, State, TrainSet, fit};
+use quetsch_train::{Dropout, Event, FitError, FitSettings, Objective, Progress, State, TrainSet, fit};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::ops::ControlFlow;
@@ -114,26 +115,10 @@ impl Fit<'_> {
                     ui.note(format!("{}: going on after step {step}", self.name));
                     metrics.cut_after(step)
                 }
-                Event::Step { step, steps, epoch, epochs, losses, learning_rate, sentences_per_s, eta_s } => {
-                    let bar = bar.get_or_insert_with(|| ui.bar(steps as u64, self.name));
-                    bar.at(step as u64, || {
-                        let kl = if losses.kl > 0.0 { format!(", kl {:.3}", losses.kl) } else { String::new() };
-                        format!(
-                            "epoch {epoch}/{epochs}  loss {:.3} (ce {:.3}{kl})  lr {learning_rate:.1e}  \
-                             {sentences_per_s:.0} sentences/s  {} left",
-                            losses.total,
-                            losses.ce,
-                            duration(eta_s)
-                        )
-                    });
-                    metrics.write(&Line {
-                        step,
-                        epoch,
-                        loss: losses.total,
-                        ce: losses.ce,
-                        kl: losses.kl,
-                        learning_rate: learning_rate.into(),
-                    })
+                Event::Step(p) => {
+                    let bar = bar.get_or_insert_with(|| ui.bar(p.steps as u64, self.name));
+                    bar.at(p.step as u64, || describe(&p));
+                    metrics.write(&p)
                 }
                 Event::Epoch { epoch, epochs: total, checkpoint, mean } => self
                     .validate(checkpoint, epoch, &best_dir)
@@ -228,16 +213,13 @@ impl Fit<'_> {
     }
 
     fn explain(&self, error: FitError) -> anyhow::Error {
+        let name = self.name;
         match error {
-            FitError::Interrupted => interrupted(format!(
-                "{}: interrupted; the training state is saved. Run the same command with --resume to go on",
-                self.name
+            FitError::Interrupted { step, steps } => interrupted(format!(
+                "{name}: interrupted after step {step} of {steps}; the training state is saved. Run the same command \
+                 with --resume to go on"
             )),
-            FitError::NotFinite { step } => anyhow!(
-                "{}: the loss is not finite at step {step}. The last good state is kept; lower --learning-rate, or \
-                 check the model's weights with `quetsch inspect`",
-                self.name
-            ),
+            e @ FitError::NotFinite { .. } => anyhow!("{name}: {e}. The last saved state is kept"),
             FitError::Quetsch(e) => e.into(),
         }
     }
@@ -255,17 +237,23 @@ pub fn accuracy(ck: &Checkpoint, sentences: &[Encoding], truth: &[u32], threads:
     Ok(right as f64 / truth.len().max(1) as f64)
 }
 
-/// A line of `metrics.jsonl`: nothing in it depends on time, so a resumed run ends with the same bytes.
-#[derive(Serialize)]
-struct Line {
-    step: usize,
-    epoch: usize,
-    loss: f64,
-    ce: f64,
-    kl: f64,
-    learning_rate: f64,
+/// How far training is, for the bar.
+fn describe(p: &Progress) -> String {
+    let l = &p.losses;
+    let kl = if l.kl > 0.0 { format!(", kl {:.3}", l.kl) } else { String::new() };
+    format!(
+        "epoch {}/{}  loss {:.3} (ce {:.3}{kl})  lr {:.1e}  {:.0} sentences/s  {} left",
+        p.epoch,
+        p.epochs,
+        l.total,
+        l.ce,
+        p.learning_rate,
+        p.sentences_per_s,
+        duration(p.eta_s)
+    )
 }
 
+/// `metrics.jsonl`: one line a step. Nothing in it depends on time, so a resumed run ends with the same bytes.
 struct Metrics {
     path: PathBuf,
     file: File,
@@ -280,9 +268,18 @@ impl Metrics {
         Ok(Metrics { path: path.into(), file })
     }
 
-    fn write(&mut self, line: &Line) -> Result<()> {
+    fn write(&mut self, p: &Progress) -> Result<()> {
+        let line = json!({
+            "step": p.step,
+            "epoch": p.epoch,
+            "loss": p.losses.total,
+            "ce": p.losses.ce,
+            "kl": p.losses.kl,
+            "learning_rate": p.learning_rate,
+            "gradient_norm": p.gradient_norm,
+        });
         // One write a line: what a killed run was at must be in the file when it goes on.
-        let line = format!("{}\n", serde_json::to_string(line)?);
+        let line = format!("{line}\n");
         self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
     }
 

@@ -17,7 +17,8 @@ use quetsch::prune::{self, Budget, Cut, Magnitude, Plan, Scope, Scores};
 use quetsch::quant::{self, Compute, Scheme};
 use quetsch::runtime::Model;
 use quetsch::tokenizer::Tokenizer;
-use quetsch_train::{Objective, TrainSet, ffn_scores, head_scores};
+use quetsch_train::scores::{Sample, ffn_scores, head_scores};
+use quetsch_train::{Objective, TrainSet};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -364,16 +365,20 @@ impl Run<'_> {
 
     fn gradient_scores(&self, s: &Prune, parent: &Checkpoint, objective: &Objective, ui: &Ui) -> Result<Scores> {
         let set = TrainSet { encodings: &self.encoded.train, labels: &self.corpus.train.labels };
-        let (size, batches) = (s.training.batch_size, s.score_batches);
-        let (seed, threads) = (s.training.seed.unwrap_or(self.job.seed), self.job.threads);
+        let sample = Sample {
+            batch_size: s.training.batch_size,
+            batches: s.score_batches,
+            seed: s.training.seed.unwrap_or(self.job.seed),
+            threads: self.job.threads,
+        };
         let ranked = |a: &Amount| !a.is_none() && !matches!(a, Amount::List(_));
-        ui.note(format!("{}: scoring by gradients over {batches} batches", self.job.id));
+        ui.note(format!("{}: scoring by gradients over {} batches", self.job.id, s.score_batches));
         let mut scores = Scores::default();
         if ranked(&s.heads) {
-            scores.heads = head_scores(parent, &set, objective, size, batches, seed, threads)?;
+            scores.heads = head_scores(parent, &set, objective, sample)?;
         }
         if ranked(&s.ffn) {
-            scores.ffn = ffn_scores(parent, &set, objective, size, batches, seed, threads)?;
+            scores.ffn = ffn_scores(parent, &set, objective, sample)?;
         }
         // A layer has no mask of its own: layers are ranked by their weights.
         if !s.layers.is_none() {

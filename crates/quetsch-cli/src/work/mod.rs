@@ -1,9 +1,12 @@
 //! Running one stage, the same from a recipe and from its own command: find out what it would be made from, skip it if
 //! that is there, make it, measure it, write its folder in one piece.
 
+pub mod compare;
 pub mod corpus;
 pub mod fit;
+pub mod gate;
 pub mod make;
+pub mod pipeline;
 pub mod provenance;
 
 use crate::exit::usage;
@@ -163,7 +166,7 @@ impl Job<'_> {
     }
 
     /// The model's figures on the test data, if there are any.
-    fn test(&self, model: &ModelDir, ui: &Ui) -> Result<Option<Value>> {
+    pub fn test(&self, model: &ModelDir, ui: &Ui) -> Result<Option<Value>> {
         let Some(test) = corpus::test(self.data, &model.checkpoint.labels, ui)? else { return Ok(None) };
         let classifier = Classifier::new(model, None)?;
         let logits = classifier.logits(&test.set.texts, self.threads)?;

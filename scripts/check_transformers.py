@@ -9,6 +9,7 @@ Works with transformers 4.57.6 and 5.23.0 (requirements.txt), float and bitsandb
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -116,6 +117,8 @@ def main():
     parser.add_argument("--trust-remote-code", action="store_true", help="for directories with auto_map")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it repeats one remark at every matrix product
 
     model, info = load(args.dir, args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(args.dir)
@@ -144,8 +147,8 @@ def main():
         worst = int(difference.argmax())
         same = int((expected.argmax(1) == found.argmax(1)).sum())
         print(f"{len(rows)} texts, max_length {max_length}, batch {batch}")
-        print(f"largest |logit difference| {difference[worst]:.3g} (allowed {args.tolerance:g}), "
-              f"text {worst}: {rows[worst]['text'][:60]!r}")  # fmt: skip
+        print(f"largest |logit difference| {difference[worst]:.3g} (allowed {args.tolerance:g})")
+        print(f"  at text {worst}: {rows[worst]['text'][:60]!r}")
         print(f"same prediction {same}/{len(rows)}")
         bad |= not bool(difference.max() <= args.tolerance)  # NaN is a difference too
     elif args.texts:

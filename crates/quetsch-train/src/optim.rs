@@ -52,7 +52,8 @@ fn parallel<T: Send, R: Send>(items: Vec<T>, threads: usize, f: impl Fn(T) -> R 
     let mut results: Vec<Option<R>> = (0..count).map(|_| None).collect();
     std::thread::scope(|s| {
         let f = &f;
-        let run = |hand: Vec<(usize, T)>| s.spawn(move || hand.into_iter().map(|(i, t)| (i, f(t))).collect::<Vec<_>>());
+        let run =
+            |hand: Vec<(usize, T)>| s.spawn(move || hand.into_iter().map(|(i, t)| (i, f(t))).collect::<Vec<_>>());
         for h in hands.into_iter().map(run).collect::<Vec<_>>() {
             for (i, r) in h.join().expect("an optimiser thread never panics") {
                 results[i] = Some(r);
@@ -109,7 +110,8 @@ impl AdamW {
         for (i, ((w, m), v)) in tensors.filter(|(i, _)| p.trained[*i]) {
             let def = &p.table[i];
             let decay = if matches!(def.role, Role::Weight | Role::Embedding) { rates.decay } else { 0.0 };
-            let setting = optim::AdamW { rate: if is_head(def) { rates.head } else { rates.body }, decay, ..common };
+            let setting =
+                optim::AdamW { rate: if is_head(def) { rates.head } else { rates.body }, decay, ..common };
             let size = if i == word { (PIECE / hidden).max(1) * hidden } else { PIECE };
             let parts = w.chunks_mut(size).zip(m.chunks_mut(size)).zip(v.chunks_mut(size)).enumerate();
             pieces.extend(parts.map(|(c, ((w, m), v))| (i, c * size, w, m, v, setting)));

@@ -23,8 +23,10 @@ impl Params {
     /// The weights of a checkpoint; tensors whose name contains one of `freeze` stay as they are.
     pub fn new(ck: &Checkpoint, freeze: &[String]) -> Params {
         let table = ck.spec.tensors();
-        let unused = |d: &TensorDef| matches!(d.tensor, Tensor::W(Lin::UnusedPooler) | Tensor::B(Lin::UnusedPooler));
-        let trained = table.iter().map(|d| !unused(d) && !freeze.iter().any(|f| d.name.contains(f.as_str()))).collect();
+        let unused =
+            |d: &TensorDef| matches!(d.tensor, Tensor::W(Lin::UnusedPooler) | Tensor::B(Lin::UnusedPooler));
+        let trained =
+            table.iter().map(|d| !unused(d) && !freeze.iter().any(|f| d.name.contains(f.as_str()))).collect();
         let index = table.iter().enumerate().map(|(i, d)| (d.tensor, i)).collect();
         let data = table.iter().map(|d| ck.values(d.tensor).into_owned()).collect();
         Params { spec: ck.spec.clone(), table, data, trained, index }
@@ -119,8 +121,8 @@ impl SparseRows {
 
     /// Adds another's rows.
     pub fn add(&mut self, other: &SparseRows) {
-        for (i, row) in other.rows.iter().enumerate() {
-            quetsch_kernels::math::add(self.row_mut(*row), &other.data[i * self.width..][..self.width]);
+        for (row, g) in other.rows.iter().zip(other.data.chunks_exact(other.width)) {
+            quetsch_kernels::math::add(self.row_mut(*row), g);
         }
     }
 

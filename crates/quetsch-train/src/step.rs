@@ -101,7 +101,13 @@ pub fn gradients(
     Ok((total, masks))
 }
 
-fn run_shard(task: &Task, step: u64, shard: &[Vec<usize>], share: f32, w: &mut Worker) -> Result<(Losses, MaskGrads)> {
+fn run_shard(
+    task: &Task,
+    step: u64,
+    shard: &[Vec<usize>],
+    share: f32,
+    w: &mut Worker,
+) -> Result<(Losses, MaskGrads)> {
     let (mut total, mut masks) = (Losses::default(), MaskGrads::new());
     for examples in shard.iter().filter(|e| !e.is_empty()) {
         let spec = &task.params.spec;

@@ -292,7 +292,15 @@ impl<'a> Tape<'a> {
     }
 
     /// dW = d^T x, db = column sums of d, dx = d W.
-    fn project_back(&mut self, x: Node, parts: &[Lin], d: &[f32], rows: usize, n: usize, g: &mut Grads) -> Vec<f32> {
+    fn project_back(
+        &mut self,
+        x: Node,
+        parts: &[Lin],
+        d: &[f32],
+        rows: usize,
+        n: usize,
+        g: &mut Grads,
+    ) -> Vec<f32> {
         let k = self.values[x.0].cols;
         let mut dx = self.buffers.take(rows * k);
         let (p, x) = (self.params, &self.values[x.0].data);
@@ -318,7 +326,8 @@ impl<'a> Tape<'a> {
 
     fn norm(&mut self, site: Norm, x: &[f32], residual: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         let (p, rows) = (self.params, x.len() / self.params.spec.hidden);
-        let (mut y, mut z, mut inv) = (self.buffers.take(x.len()), self.buffers.take(x.len()), self.buffers.take(rows));
+        let (mut y, mut z, mut inv) =
+            (self.buffers.take(x.len()), self.buffers.take(x.len()), self.buffers.take(rows));
         let (gamma, beta) = (p.get(Tensor::Gamma(site)), p.get(Tensor::Beta(site)));
         norm::layer_norm_keep(x, residual, gamma, beta, p.spec.norm_eps, &mut y, &mut z, &mut inv);
         (y, z, inv)

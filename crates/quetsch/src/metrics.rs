@@ -1,1 +1,266 @@
-//! How good a classifier is: accuracy, F1, agreement, paired tests.
+//! How good a classifier is, and how far it is from its parent. Logits are `[n, labels]`; truths are below `labels`.
+//!
+//! The prediction of a row is its largest logit, of equal ones the lowest index; NaN is below everything. Numbers that
+//! need a probability (loss, ECE, KL) are NaN, `null` in JSON, when a logit is.
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use statrs::distribution::{Binomial, DiscreteCDF};
+
+use crate::rng::Rng;
+
+/// The 97.5% quantile of the standard normal distribution.
+const Z_95: f64 = 1.959_963_984_540_054;
+/// Equal-width bins of the expected calibration error (Guo et al. 2017 use 15).
+const ECE_BINS: usize = 15;
+/// Resamples of the paired bootstrap, and its fixed seed: one comparison always prints the same interval.
+const RESAMPLES: usize = 2_000;
+const RESAMPLING_SEED: u64 = 0;
+/// How many confusion pairs are listed.
+const CONFUSIONS: usize = 20;
+
+/// What [`evaluate`] measures.
+#[derive(Clone, Debug, Serialize)]
+pub struct Metrics {
+    /// Rows.
+    pub n: usize,
+    /// The share of rows whose prediction is the truth, 0..1.
+    pub accuracy: f64,
+    /// Wilson's 95% interval of the accuracy (Wilson 1927).
+    pub accuracy_interval: [f64; 2],
+    /// The mean F1 of the labels that occur as a truth or a prediction, as scikit-learn has it.
+    pub macro_f1: f64,
+    /// The mean F1 by support.
+    pub weighted_f1: f64,
+    /// The share of rows whose truth is among the three largest logits (among all, with fewer labels).
+    pub top_3: f64,
+    /// Expected calibration error: |accuracy - confidence| by row over 15 equal-width bins of the confidence.
+    pub ece: f64,
+    /// The mean negative log probability of the truth.
+    pub loss: f64,
+    /// One entry a label, in label order.
+    pub per_class: Vec<ClassMetrics>,
+    /// The most frequent confusions, up to 20.
+    pub confusions: Vec<Confusion>,
+}
+
+/// One label's share. A ratio of nothing to nothing is 0.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ClassMetrics {
+    /// The label.
+    pub label: String,
+    /// The share of its predictions that are right.
+    pub precision: f64,
+    /// The share of its rows that are found.
+    pub recall: f64,
+    /// The harmonic mean of both.
+    pub f1: f64,
+    /// Rows whose truth it is.
+    pub support: usize,
+}
+
+/// Rows of one label predicted as another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Confusion {
+    /// The truth.
+    pub truth: String,
+    /// The prediction.
+    pub predicted: String,
+    /// How many rows.
+    pub count: usize,
+}
+
+/// What [`agreement`] measures.
+#[derive(Clone, Debug, Serialize)]
+pub struct Agreement {
+    /// The share of rows with the same prediction, 0..1.
+    pub agreement: f64,
+    /// Rows with another prediction.
+    pub flips: usize,
+    /// Their share, 0..1.
+    pub flip_rate: f64,
+    /// The mean of KL(parent || child) over rows, in nats.
+    pub mean_kl: f64,
+    /// Whether the flips favour one side.
+    pub mcnemar: McNemar,
+    /// The child's accuracy minus the parent's.
+    pub accuracy_delta: f64,
+    /// The 95% interval of `accuracy_delta`: percentiles of a paired bootstrap.
+    pub delta_interval: [f64; 2],
+    /// The rows with another prediction.
+    pub flipped: Vec<usize>,
+}
+
+/// McNemar's exact test: of the rows that one side alone has right, does each side have its half?
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct McNemar {
+    /// Rows that only the parent has right.
+    pub parent_only: usize,
+    /// Rows that only the child has right.
+    pub child_only: usize,
+    /// The two-sided binomial p-value.
+    pub p: f64,
+}
+
+/// Measures predictions against truths. `names` are the labels, in the order of the columns of `logits`.
+pub fn evaluate(logits: &[f32], truth: &[u32], names: &[String]) -> Metrics {
+    let (n, labels) = (truth.len(), names.len());
+    let mut support = vec![0; labels];
+    let mut predictions = vec![0; labels];
+    let mut hits = vec![0; labels];
+    let mut confused: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+    let (mut loss, mut top_3) = (0.0, 0);
+    let mut bins = [(0.0, 0.0); ECE_BINS];
+    for (row, truth) in rows(logits, truth, labels) {
+        let log_p = log_softmax(row);
+        let predicted = argmax(row);
+        support[truth] += 1;
+        predictions[predicted] += 1;
+        if predicted == truth {
+            hits[truth] += 1;
+        } else {
+            *confused.entry((truth, predicted)).or_default() += 1;
+        }
+        loss -= log_p[truth];
+        top_3 += usize::from(top_k(row, 3).contains(&truth));
+        // Bins are open below and closed above: (0, 1/15], (1/15, 2/15], ...
+        let confidence = log_p[predicted].exp();
+        let bin = ((confidence * ECE_BINS as f64).ceil() as usize).clamp(1, ECE_BINS) - 1;
+        bins[bin].0 += confidence;
+        bins[bin].1 += f64::from(u8::from(predicted == truth));
+    }
+
+    let ratio = |part: usize, whole: usize| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+    let class = |l: usize| ClassMetrics {
+        label: names[l].clone(),
+        precision: ratio(hits[l], predictions[l]),
+        recall: ratio(hits[l], support[l]),
+        f1: ratio(2 * hits[l], support[l] + predictions[l]),
+        support: support[l],
+    };
+    let per_class: Vec<ClassMetrics> = (0..labels).map(class).collect();
+    let seen: Vec<f64> =
+        (0..labels).filter(|&l| support[l] + predictions[l] > 0).map(|l| per_class[l].f1).collect();
+    let mut confused: Vec<_> = confused.into_iter().collect();
+    confused.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
+    let correct = hits.iter().sum();
+    Metrics {
+        n,
+        accuracy: correct as f64 / n as f64,
+        accuracy_interval: wilson(correct, n),
+        macro_f1: seen.iter().sum::<f64>() / seen.len() as f64,
+        weighted_f1: per_class.iter().map(|c| c.f1 * c.support as f64).sum::<f64>() / n as f64,
+        top_3: top_3 as f64 / n as f64,
+        ece: bins.iter().map(|(confidence, hits)| (confidence - hits).abs()).sum::<f64>() / n as f64,
+        loss: loss / n as f64,
+        per_class,
+        confusions: (confused.into_iter().take(CONFUSIONS))
+            .map(|((t, p), count)| Confusion { truth: names[t].clone(), predicted: names[p].clone(), count })
+            .collect(),
+    }
+}
+
+/// Compares the logits of a child with its parent's on the same rows.
+pub fn agreement(parent: &[f32], child: &[f32], truth: &[u32], labels: usize) -> Agreement {
+    let n = truth.len();
+    let (mut flipped, mut deltas) = (Vec::new(), Vec::with_capacity(n));
+    let (mut kl, mut parent_only, mut child_only) = (0.0, 0, 0);
+    for (i, ((p, truth), (c, _))) in rows(parent, truth, labels).zip(rows(child, truth, labels)).enumerate() {
+        let (parent_says, child_says) = (argmax(p), argmax(c));
+        if parent_says != child_says {
+            flipped.push(i);
+        }
+        let delta = i8::from(child_says == truth) - i8::from(parent_says == truth);
+        parent_only += usize::from(delta < 0);
+        child_only += usize::from(delta > 0);
+        deltas.push(delta);
+        kl += log_softmax(p)
+            .iter()
+            .zip(log_softmax(c))
+            .map(|(p, c)| if *p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - c) })
+            .sum::<f64>();
+    }
+    Agreement {
+        agreement: (n - flipped.len()) as f64 / n as f64,
+        flips: flipped.len(),
+        flip_rate: flipped.len() as f64 / n as f64,
+        mean_kl: kl / n as f64,
+        mcnemar: McNemar { parent_only, child_only, p: mcnemar(parent_only, child_only) },
+        accuracy_delta: (child_only as f64 - parent_only as f64) / n as f64,
+        delta_interval: bootstrap(&deltas),
+        flipped,
+    }
+}
+
+/// exp(x) / sum exp(x), in place.
+pub fn softmax(row: &mut [f32]) {
+    let log_p = log_softmax(row);
+    row.iter_mut().zip(log_p).for_each(|(x, p)| *x = p.exp() as f32);
+}
+
+/// The indices of the `k` largest values (all, if there are fewer), in falling order.
+pub fn top_k(row: &[f32], k: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..row.len()).collect();
+    order.sort_by(|&a, &b| falling(row[a], row[b]));
+    order.truncate(k);
+    order
+}
+
+/// The index of the largest value: the class a row is given.
+pub fn argmax(row: &[f32]) -> usize {
+    (0..row.len()).min_by(|&a, &b| falling(row[a], row[b])).unwrap_or(0)
+}
+
+/// Large first, NaN last; unlike `total_cmp`, -0 and 0 are equal.
+fn falling(a: f32, b: f32) -> Ordering {
+    b.partial_cmp(&a).unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
+}
+
+fn rows<'a>(logits: &'a [f32], truth: &'a [u32], labels: usize) -> impl Iterator<Item = (&'a [f32], usize)> {
+    assert_eq!(logits.len(), truth.len() * labels, "logits are [n, labels]");
+    logits.chunks_exact(labels.max(1)).zip(truth.iter().map(|&label| label as usize))
+}
+
+fn log_softmax(row: &[f32]) -> Vec<f64> {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+    let log_sum = max + row.iter().map(|&x| (x as f64 - max).exp()).sum::<f64>().ln();
+    row.iter().map(|&x| x as f64 - log_sum).collect()
+}
+
+/// (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+fn wilson(correct: usize, n: usize) -> [f64; 2] {
+    if n == 0 {
+        return [0.0, 1.0];
+    }
+    let (n, p) = (n as f64, correct as f64 / n as f64);
+    let z2 = Z_95 * Z_95;
+    let centre = p + z2 / (2.0 * n);
+    let half = Z_95 * (p * (1.0 - p) / n + z2 / (4.0 * n * n)).sqrt();
+    [(centre - half) / (1.0 + z2 / n), (centre + half) / (1.0 + z2 / n)].map(|bound| bound.clamp(0.0, 1.0))
+}
+
+/// P(at most the smaller or at least the larger count of a + b fair coins).
+fn mcnemar(a: usize, b: usize) -> f64 {
+    let tail = Binomial::new(0.5, (a + b) as u64).map_or(1.0, |coins| coins.cdf(a.min(b) as u64));
+    (2.0 * tail).min(1.0)
+}
+
+/// The 2.5% and 97.5% percentiles of the mean of rows drawn with replacement.
+fn bootstrap(deltas: &[i8]) -> [f64; 2] {
+    let n = deltas.len();
+    let mut rng = Rng::new(RESAMPLING_SEED);
+    let mut sums: Vec<i64> =
+        (0..RESAMPLES).map(|_| (0..n).map(|_| i64::from(deltas[rng.below(n)])).sum()).collect();
+    sums.sort_unstable();
+    let percentile = |q: f64| {
+        let at = q * (RESAMPLES - 1) as f64;
+        let (low, high) = (sums[at.floor() as usize] as f64, sums[at.ceil() as usize] as f64);
+        (low + (high - low) * at.fract()) / n as f64
+    };
+    [percentile(0.025), percentile(0.975)]
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@
 //! packed ([`linear::Linear`], in RAM only, made once by [`Model::pack`]), and nothing else: a forward never changes a
 //! weight. An activation owns its buffer; buffers come from a [`Workspace`] and go back to it.
 
-// pub mod classifier;
+pub mod classifier;
 pub mod linear;
 
 use crate::batch::{Batch, Encoding};
@@ -18,7 +18,7 @@ use quetsch_kernels::{attention, math, norm, rows};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-// pub use classifier::Classifier;
+pub use classifier::Classifier;
 
 /// A model packed for this machine; lives in RAM only.
 pub struct Model {

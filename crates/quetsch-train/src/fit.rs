@@ -1,0 +1,318 @@
+//! The one training loop: fine-tuning, distillation and recovery differ in the objective alone.
+//!
+//! The order of examples, the dropout masks and the learning rate are functions of (seed, step), so a run that goes
+//! on from a saved state ends with the bytes of one that was never interrupted, given the same thread count.
+
+use crate::loss::{Losses, Objective};
+use crate::optim::{AdamW, Rates};
+use crate::params::Params;
+use crate::schedule::Schedule;
+use crate::state::State;
+use crate::step::{Task, Worker, gradients};
+use crate::tape::Dropout;
+use quetsch::Error;
+use quetsch::checkpoint::Checkpoint;
+use quetsch::rng::{Rng, key};
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+pub use crate::step::TrainSet;
+
+/// Settings of a run.
+#[derive(Clone, Debug)]
+pub struct FitSettings {
+    /// Passes over the data.
+    pub epochs: usize,
+    /// Sentences per forward.
+    pub batch_size: usize,
+    /// Forwards per optimiser step.
+    pub accumulate: usize,
+    /// Peak learning rate of the body.
+    pub learning_rate: f32,
+    /// Peak learning rate of the head.
+    pub head_learning_rate: f32,
+    /// Decoupled weight decay of matrices and tables.
+    pub weight_decay: f32,
+    /// Share of all steps that warm up.
+    pub warmup: f32,
+    /// After the warm-up.
+    pub schedule: Schedule,
+    /// Largest global gradient norm; 0 turns clipping off.
+    pub clip: f32,
+    /// Rates of dropout.
+    pub dropout: Dropout,
+    /// Tensors whose name contains one of these are not trained.
+    pub freeze: Vec<String>,
+    /// Decides the order of examples and the dropout masks.
+    pub seed: u64,
+    /// Threads; the bytes of the result depend on their number.
+    pub threads: usize,
+}
+
+/// What the caller hears while a run goes on.
+pub enum Event<'a> {
+    /// A saved state was found; the next step is `step`.
+    Resumed {
+        /// Steps done before.
+        step: usize,
+    },
+    /// An optimiser step is done.
+    Step(Progress),
+    /// An epoch is done.
+    Epoch {
+        /// Epochs done.
+        epoch: usize,
+        /// All epochs.
+        epochs: usize,
+        /// The weights as they are now.
+        checkpoint: &'a Checkpoint,
+        /// Mean losses of the epoch's steps (of those after the resume, if it was resumed within).
+        mean: Losses,
+    },
+}
+
+/// How far a run is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Steps done.
+    pub step: usize,
+    /// All steps.
+    pub steps: usize,
+    /// Epoch under way, from 1.
+    pub epoch: usize,
+    /// All epochs.
+    pub epochs: usize,
+    /// Losses of this step.
+    pub losses: Losses,
+    /// The body's learning rate at this step.
+    pub learning_rate: f32,
+    /// Gradient norm before clipping.
+    pub gradient_norm: f64,
+    /// Since the start or the resume.
+    pub sentences_per_s: f64,
+    /// Seconds left at that rate.
+    pub eta_s: f64,
+}
+
+/// A finished run.
+pub struct Fitted {
+    /// The trained weights.
+    pub checkpoint: Checkpoint,
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Losses of the last step.
+    pub last: Losses,
+}
+
+/// Why a run did not finish.
+#[derive(Debug, thiserror::Error)]
+pub enum FitError {
+    /// The caller asked to stop; the state is saved if there is a place for it.
+    #[error("interrupted after step {step} of {steps}")]
+    Interrupted {
+        /// Steps done.
+        step: usize,
+        /// All steps.
+        steps: usize,
+    },
+    /// A loss or a gradient is not a number: the weights of before that step are the last good ones.
+    #[error(
+        "step {step}: the {what} is not a finite number; training stopped before the update. \
+         A lower learning rate or a longer warm-up usually helps"
+    )]
+    NotFinite {
+        /// The step that failed.
+        step: usize,
+        /// `loss` or `gradient`.
+        what: &'static str,
+    },
+    /// Anything else.
+    #[error(transparent)]
+    Quetsch(#[from] Error),
+}
+
+/// The batches of an epoch: shuffled, sorted by length within groups of 50 batches, and the batches shuffled, so that
+/// sentences of a batch have similar lengths and batches come in random order.
+pub fn batches(lengths: &[usize], batch: usize, seed: u64, epoch: usize) -> Vec<Vec<usize>> {
+    let mut rng = Rng::new(key(&[seed, 0xba7c, epoch as u64]));
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    rng.shuffle(&mut order);
+    let mut all: Vec<Vec<usize>> = vec![];
+    for group in order.chunks_mut(50 * batch) {
+        group.sort_by_key(|i| lengths[*i]);
+        all.extend(group.chunks(batch).map(<[usize]>::to_vec));
+    }
+    rng.shuffle(&mut all);
+    all
+}
+
+fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSettings) -> Result<(), Error> {
+    let labels = start.spec.head.labels();
+    let bad = |m: String| Err(Error::invalid(m));
+    if labels == 0 {
+        return bad("training needs a model with a classification head".into());
+    }
+    if set.encodings.is_empty() || set.encodings.len() != set.labels.len() {
+        return bad(format!("{} sentences and {} labels to train on", set.encodings.len(), set.labels.len()));
+    }
+    if let Some(l) = set.labels.iter().find(|l| **l as usize >= labels) {
+        return bad(format!("label index {l} in the training data, the model has {labels} labels"));
+    }
+    if s.epochs == 0 || s.batch_size == 0 || s.accumulate == 0 {
+        return bad("epochs, batch_size and accumulate must be at least 1".into());
+    }
+    let rates = [s.dropout.hidden, s.dropout.attention, s.dropout.head];
+    if let Some(r) = rates.iter().find(|r| !(0.0..1.0).contains(*r)) {
+        return bad(format!("dropout is {r}, expected 0 to below 1"));
+    }
+    if !(0.0..=1.0).contains(&s.warmup) {
+        return bad(format!("warmup is {}, expected a share from 0 to 1", s.warmup));
+    }
+    for (name, v) in [
+        ("learning_rate", s.learning_rate),
+        ("head_learning_rate", s.head_learning_rate),
+        ("weight_decay", s.weight_decay),
+        ("clip", s.clip),
+    ] {
+        if !(v.is_finite() && v >= 0.0) {
+            return bad(format!("{name} is {v}, expected a number from 0"));
+        }
+    }
+    match *objective {
+        Objective::CrossEntropy { label_smoothing: e } if !(0.0..1.0).contains(&e) => {
+            bad(format!("label_smoothing is {e}, expected 0 to below 1"))
+        }
+        Objective::Distill { alpha, .. } if !(0.0..=1.0).contains(&alpha) => {
+            bad(format!("alpha is {alpha}, expected 0 to 1"))
+        }
+        Objective::Distill { temperature, .. } if !(temperature.is_finite() && temperature > 0.0) => {
+            bad(format!("temperature is {temperature}, expected a number above 0"))
+        }
+        Objective::Distill { teacher_logits, .. } if teacher_logits.len() != set.labels.len() * labels => {
+            bad(format!(
+                "{} teacher logits, expected {} sentences x {labels} labels: do teacher and student have the same labels?",
+                teacher_logits.len(),
+                set.labels.len()
+            ))
+        }
+        Objective::Distill { teacher_logits, .. } if teacher_logits.iter().any(|v| !v.is_finite()) => {
+            bad("a teacher logit is not a finite number".into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Trains `start`. `on` hears every step and epoch and may stop the run.
+///
+/// # Errors
+/// Settings or data that cannot work, a state that cannot be written, a loss that is not finite, or `on` asked to stop.
+pub fn fit(
+    start: &Checkpoint,
+    set: &TrainSet,
+    objective: &Objective,
+    settings: &FitSettings,
+    state: Option<&State>,
+    on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+) -> Result<Fitted, FitError> {
+    check(start, set, objective, settings)?;
+    let s = settings;
+    let mut params = Params::new(start, &s.freeze);
+    let mut adamw = AdamW::new(&params);
+    let lengths: Vec<usize> = set.encodings.iter().map(|e| e.ids.len()).collect();
+    let per_step = s.batch_size * s.accumulate;
+    let per_epoch = set.labels.len().div_ceil(per_step);
+    let steps = s.epochs * per_epoch;
+    let warmup = (f64::from(s.warmup) * steps as f64) as usize;
+    if let Some(state) = state.filter(|s| s.resume)
+        && state.load(&mut params, &mut adamw)?
+        && on(Event::Resumed { step: adamw.step }).is_break()
+    {
+        return Err(FitError::Interrupted { step: adamw.step, steps });
+    }
+    let mut workers = Worker::team(&params, s.threads);
+    let (clock, first) = (Instant::now(), adamw.step);
+    let (mut last, mut sentences) = (Losses::default(), 0);
+    for epoch in first / per_epoch..s.epochs {
+        let done = adamw.step - epoch * per_epoch;
+        let (mut mean, mut counted) = (Losses::default(), 0usize);
+        for examples in batches(&lengths, per_step, s.seed, epoch).iter().skip(done) {
+            let step = adamw.step;
+            let task = Task {
+                params: &params,
+                set: *set,
+                objective: *objective,
+                dropout: s.dropout,
+                seed: s.seed,
+                masks: None,
+            };
+            let (losses, _) = gradients(&task, step as u64, examples, s.batch_size, &mut workers)?;
+            if !losses.total.is_finite() {
+                return Err(FitError::NotFinite { step: step + 1, what: "loss" });
+            }
+            let factor = s.schedule.factor(step, steps, warmup);
+            let rates = Rates {
+                body: s.learning_rate * factor,
+                head: s.head_learning_rate * factor,
+                decay: s.weight_decay,
+                clip: s.clip,
+            };
+            let norm = adamw.update(&mut params, &mut workers, rates);
+            if !norm.is_finite() {
+                return Err(FitError::NotFinite { step: step + 1, what: "gradient" });
+            }
+            mean += losses;
+            (counted, sentences, last) = (counted + 1, sentences + examples.len(), losses);
+            let seconds = clock.elapsed().as_secs_f64().max(1e-9);
+            let progress = Progress {
+                step: adamw.step,
+                steps,
+                epoch: epoch + 1,
+                epochs: s.epochs,
+                losses,
+                learning_rate: rates.body,
+                gradient_norm: norm,
+                sentences_per_s: sentences as f64 / seconds,
+                eta_s: seconds / (adamw.step - first) as f64 * (steps - adamw.step) as f64,
+            };
+            let stop = on(Event::Step(progress)).is_break();
+            let periodic = state.is_some_and(|s| s.every_steps > 0 && adamw.step.is_multiple_of(s.every_steps));
+            if let Some(state) = state.filter(|_| stop || periodic) {
+                state.save(&params, &adamw)?;
+            }
+            if stop {
+                return Err(FitError::Interrupted { step: adamw.step, steps });
+            }
+        }
+        if let Some(state) = state {
+            state.save(&params, &adamw)?;
+        }
+        let checkpoint = params.to_checkpoint(start)?;
+        let mean = mean.scaled(1.0 / counted.max(1) as f64);
+        if on(Event::Epoch { epoch: epoch + 1, epochs: s.epochs, checkpoint: &checkpoint, mean }).is_break() {
+            return Err(FitError::Interrupted { step: adamw.step, steps });
+        }
+    }
+    Ok(Fitted { checkpoint: params.to_checkpoint(start)?, steps, last })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_once_an_epoch_in_batches_of_like_length() {
+        let lengths: Vec<usize> = (0..1003).map(|i| 3 + i * 37 % 60).collect();
+        let a = batches(&lengths, 8, 1, 0);
+        let mut seen: Vec<usize> = a.concat();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..1003).collect::<Vec<_>>());
+        assert_eq!(a, batches(&lengths, 8, 1, 0));
+        assert_ne!(a, batches(&lengths, 8, 1, 1));
+        assert_ne!(a, batches(&lengths, 8, 2, 0));
+        let spread = |b: &Vec<usize>| {
+            let l = b.iter().map(|i| lengths[*i]);
+            l.clone().max().unwrap() - l.min().unwrap()
+        };
+        assert!(a.iter().map(spread).sum::<usize>() < 5 * a.len(), "lengths within a batch differ little");
+    }
+}

@@ -1,0 +1,172 @@
+//! Against PyTorch: logits, losses, all gradients, ten AdamW steps.
+
+mod common;
+
+use common::{Golden, fixture, settings, worst};
+use quetsch::batch::Batch;
+use quetsch::hooks::Record;
+use quetsch::ops::{With, forward};
+use quetsch::runtime::{CpuOps, Model, Workspace};
+use quetsch::spec::At;
+use quetsch_train::loss::{Objective, losses};
+use quetsch_train::params::Params;
+use quetsch_train::step::{Task, TrainSet, Worker, gradients};
+use quetsch_train::{Dropout, Event, FitSettings, fit};
+use std::ops::ControlFlow;
+
+#[test]
+fn the_runtime_gives_pytorchs_activations_and_logits() {
+    for name in ["student", "pooler"] {
+        let g = Golden::load(name);
+        let model = Model::pack(&g.checkpoint());
+        let batch = Batch::new(&g.spec, &g.encodings).unwrap();
+        let mut ws = Workspace::default();
+        assert!(worst(&model.forward(&mut ws, &batch), &g.tensor("logits")) < 1e-5, "{name}");
+        let want = [
+            At::Embedded,
+            At::Attended(0),
+            At::Hidden(0),
+            At::Attended(1),
+            At::Hidden(1),
+            At::Hidden(2),
+            At::Pooled,
+        ];
+        let mut record = Record { want: want.to_vec(), got: Default::default() };
+        let mut ops = CpuOps::new(&model, &mut ws);
+        forward(&mut With { ops: &mut ops, hook: &mut record }, &g.spec, &batch);
+        for (at, key) in want.iter().zip([
+            "a.embedded",
+            "a.attended.0",
+            "a.hidden.0",
+            "a.attended.1",
+            "a.hidden.1",
+            "a.hidden.2",
+            "a.pooled",
+        ]) {
+            assert!(worst(&record.got[at], &g.tensor(key)) < 1e-5, "{name} {at:?}");
+        }
+    }
+}
+
+#[test]
+fn gradients_are_pytorchs() {
+    for name in ["student", "pooler"] {
+        let g = Golden::load(name);
+        let ck = g.checkpoint();
+        let params = Params::new(&ck, &[]);
+        let teacher = g.tensor("teacher");
+        let (alpha, temperature) = (0.3, 3.0);
+        let kd = Objective::Distill { alpha, temperature, teacher_logits: &teacher };
+        for (objective, key, total) in
+            [(Objective::CrossEntropy { label_smoothing: 0.0 }, "ce", "ce"), (kd, "kd", "kd")]
+        {
+            for threads in [1, 2] {
+                let set = TrainSet { encodings: &g.encodings, labels: &g.labels };
+                let task =
+                    Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None };
+                let mut team = Worker::team(&params, threads);
+                let (loss, _) = gradients(&task, 0, &[0, 1, 2], 3, &mut team).unwrap();
+                assert!((loss.total - g.json["result"][total].as_f64().unwrap()).abs() < 1e-5, "{name} {key}");
+                if key == "kd" {
+                    assert!((loss.ce - g.json["result"]["ce"].as_f64().unwrap()).abs() < 1e-5);
+                    assert!((loss.kl - g.json["result"]["kl_times_t2"].as_f64().unwrap()).abs() < 1e-5);
+                }
+                for (i, def) in params.table.iter().enumerate() {
+                    let want = g.tensor(&format!("g.{key}.{}", def.name));
+                    let mut got = vec![0.0; want.len()];
+                    for w in &team {
+                        for (r, row) in got.chunks_mut(g.spec.hidden).enumerate().filter(|_| i == 0) {
+                            quetsch_kernels::math::add(row, w.grads.word.row(r).unwrap_or(&[]));
+                        }
+                        quetsch_kernels::math::add(&mut got, &w.grads.dense[i]);
+                    }
+                    let size = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+                    assert!(worst(&got, &want) < 1e-5 + 1e-4 * size, "{name} {key} {}", def.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_steps_are_pytorchs() {
+    for name in ["student", "pooler"] {
+        let g = Golden::load(name);
+        let teacher = g.tensor("teacher");
+        let objective = Objective::Distill { alpha: 0.3, temperature: 3.0, teacher_logits: &teacher };
+        let s = FitSettings {
+            epochs: 10,
+            batch_size: 3,
+            learning_rate: 1e-3,
+            head_learning_rate: 5e-3,
+            warmup: 0.2,
+            dropout: Dropout::default(),
+            ..settings()
+        };
+        let set = TrainSet { encodings: &g.encodings, labels: &g.labels };
+        let mut seen = vec![];
+        let fitted = fit(&g.checkpoint(), &set, &objective, &s, None, &mut |e| {
+            if let Event::Step(p) = e {
+                seen.push((p.losses.total, p.gradient_norm, f64::from(p.learning_rate)));
+            }
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        let steps = &g.json["result"]["steps"];
+        for (i, (loss, norm, rate)) in seen.iter().enumerate() {
+            assert!((loss - steps["loss"][i].as_f64().unwrap()).abs() < 2e-4, "{name} step {i}: loss {loss}");
+            let want = steps["gradient_norm"][i].as_f64().unwrap();
+            assert!((norm - want).abs() < 2e-3 * want, "{name} step {i}: norm {norm} != {want}");
+            assert!((rate - steps["learning_rate"][i].as_f64().unwrap()).abs() < 1e-8, "{name} step {i}: rate");
+        }
+        assert_eq!(seen.len(), 10);
+        // A key bias moves all scores of a query alike: its true gradient is 0, and Adam makes steps of the noise.
+        for def in g.spec.tensors().into_iter().filter(|d| !d.name.ends_with("key.bias")) {
+            let want = g.tensor(&format!("final.{}", def.name));
+            let got = fitted.checkpoint.values(def.tensor);
+            // Adam divides by the root of the second moment: where a gradient is nearly 0, its rounding decides the
+            // direction of a step of up to the learning rate.
+            let far = got.iter().zip(&want).filter(|(a, b)| (*a - *b).abs() > 2e-5).count();
+            assert!(
+                far * 100 <= want.len() && worst(&got, &want) < 5e-3,
+                "{name} {}: {far} of {}",
+                def.name,
+                want.len()
+            );
+        }
+    }
+}
+
+#[test]
+fn losses_and_their_gradients_are_pytorchs() {
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap();
+    let rows = |v: &serde_json::Value| -> Vec<Vec<f32>> { serde_json::from_value(v.clone()).unwrap() };
+    let mut checked = 0;
+    for (kind, cases) in [("cross_entropy", &json["cross_entropy"]), ("distillation", &json["distillation"])] {
+        for case in cases.as_array().unwrap_or_else(|| panic!("{kind} cases")) {
+            let input = &json["inputs"][case["input"].as_u64().unwrap() as usize];
+            let logits = rows(&input["logits"]).concat();
+            let teacher = rows(&input["teacher"]).concat();
+            let labels: Vec<u32> = serde_json::from_value(input["labels"].clone()).unwrap();
+            let number = |key: &str| case[key].as_f64().unwrap() as f32;
+            let objective = match kind {
+                "cross_entropy" => Objective::CrossEntropy { label_smoothing: number("label_smoothing") },
+                _ => Objective::Distill {
+                    alpha: number("alpha"),
+                    temperature: number("temperature"),
+                    teacher_logits: &teacher,
+                },
+            };
+            let examples: Vec<usize> = (0..labels.len()).collect();
+            let mut d = vec![0.0; logits.len()];
+            let got = losses(&logits, &labels, &examples, &objective, 1.0 / labels.len() as f32, &mut d);
+            let want = case["loss"].as_f64().unwrap();
+            assert!((got.total - want).abs() < 1e-5 * want.abs().max(1.0), "{case}: {got:?}");
+            let gradient = rows(&case["gradient"]).concat();
+            let size = gradient.iter().fold(1f32, |m, v| m.max(v.abs()));
+            assert!(worst(&d, &gradient) < 2e-6 * size, "{case}: {d:?}");
+            checked += 1;
+        }
+    }
+    assert!(checked > 10);
+}

@@ -1,0 +1,274 @@
+//! The tape against finite differences and the runtime; the loop's laws.
+
+mod common;
+
+use common::{lively, sentences, settings, uneven, worst};
+use quetsch::batch::Batch;
+use quetsch::checkpoint::Checkpoint;
+use quetsch::hooks::Masks;
+use quetsch::ops::forward;
+use quetsch::runtime::{Model, Workspace};
+use quetsch::spec::{At, HeadSpec, ModelSpec, Tensor};
+use quetsch_train::params::Params;
+use quetsch_train::scores::Sample;
+use quetsch_train::step::{Task, TrainSet, Worker, gradients};
+use quetsch_train::tape::{Buffers, Draw, Tape};
+use quetsch_train::{
+    Dropout, Event, FitError, FitSettings, Fitted, Objective, Schedule, State, ffn_scores, fit, head_scores,
+};
+use std::ops::ControlFlow;
+
+const HEADS: [HeadSpec; 2] = [HeadSpec::MeanMlp { labels: 3 }, HeadSpec::Pooler { labels: 3 }];
+const CE: Objective = Objective::CrossEntropy { label_smoothing: 0.1 };
+const DROPOUT: Dropout = Dropout { hidden: 0.2, attention: 0.3, head: 0.25 };
+
+fn labels(n: usize) -> Vec<u32> {
+    (0..n as u32).map(|i| i * 7 % 3).collect()
+}
+
+#[test]
+fn tape_and_runtime_agree() {
+    for head in HEADS {
+        let ck = lively(uneven(head), 3);
+        let params = Params::new(&ck, &[]);
+        let batch = Batch::new(&ck.spec, &sentences(7, 30, 5)).unwrap();
+        let mut buffers = Buffers::default();
+        let examples: Vec<usize> = (0..7).collect();
+        let draw = Draw { rate: Dropout::default(), seed: 1, step: 0, examples: &examples };
+        let mut tape = Tape::new(&params, draw, &mut buffers);
+        let y = forward(&mut tape, &ck.spec, &batch);
+        let got = Model::pack(&ck).forward(&mut Workspace::default(), &batch);
+        assert!(worst(tape.value(y), &got) < 1e-5, "{head:?}");
+    }
+}
+
+/// Every parameter and every mask, with dropout on: the masks of dropout are functions of their keys, so the loss is
+/// a fixed function of the weights.
+#[test]
+fn gradients_are_finite_differences() {
+    for head in HEADS {
+        for (dropout, frozen) in
+            [(Dropout::default(), vec![]), (DROPOUT, vec![]), (DROPOUT, vec!["word_emb".to_string()])]
+        {
+            check_differences(lively(uneven(head), 11), dropout, &frozen);
+        }
+    }
+    // ReLU has a kink, which finite differences step over; a smaller step and other weights keep away from it.
+    let relu = ModelSpec { ffn_activation: quetsch::spec::Activation::Relu, ..uneven(HEADS[0]) };
+    check_differences(lively(relu, 23), Dropout::default(), &[]);
+}
+
+fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
+    let (encodings, labels) = (sentences(5, 30, 9), labels(5));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let mut params = Params::new(&ck, frozen);
+    let ones = |n: usize| vec![1.0f32; n];
+    let layers = ck.spec.layers.iter().enumerate();
+    let mut masks = Masks(
+        layers
+            .flat_map(|(l, s)| [(At::Context(l), ones(s.heads.len())), (At::FfnHidden(l), ones(s.ffn))])
+            .collect(),
+    );
+    fn task<'a>(params: &'a Params, set: TrainSet<'a>, dropout: Dropout, masks: &'a Masks) -> Task<'a> {
+        Task { params, set, objective: CE, dropout, seed: 5, masks: Some(masks) }
+    }
+    let examples = [0, 1, 2, 3, 4];
+    let mut team = Worker::team(&params, 1);
+    let (_, mask_grads) = gradients(&task(&params, set, dropout, &masks), 3, &examples, 5, &mut team).unwrap();
+    let loss = |params: &Params, masks: &Masks| {
+        let mut team = Worker::team(params, 1);
+        gradients(&task(params, set, dropout, masks), 3, &examples, 5, &mut team).unwrap().0.total
+    };
+    let step = 2e-3f32;
+    let mut bad = vec![];
+    let mut compare = |name: String, got: f32, up: f64, down: f64| {
+        let want = ((up - down) / f64::from(2.0 * step)) as f32;
+        if (got - want).abs() > 3e-4 + 0.02 * want.abs() {
+            bad.push(format!("{name}: {got} != {want}"));
+        }
+    };
+    for i in 0..params.table.len() {
+        let def = params.table[i].clone();
+        let stride = (def.len() / 6).max(1);
+        for e in (0..def.len()).step_by(stride) {
+            let got = match def.tensor {
+                _ if !params.trained[i] => continue,
+                Tensor::Word => team[0].grads.word.row(e / ck.spec.hidden).map_or(0.0, |r| r[e % ck.spec.hidden]),
+                _ => team[0].grads.dense[i][e],
+            };
+            let keep = params.data[i][e];
+            params.data[i][e] = keep + step;
+            let up = loss(&params, &masks);
+            params.data[i][e] = keep - step;
+            let down = loss(&params, &masks);
+            params.data[i][e] = keep;
+            compare(format!("{} [{e}]", def.name), got, up, down);
+        }
+    }
+    for (at, grads) in &mask_grads {
+        for (e, got) in grads.iter().enumerate() {
+            let mut nudge = |by: f32| masks.0.get_mut(at).unwrap()[e] += by;
+            nudge(step);
+            let up = loss(&params, &masks);
+            masks.0.get_mut(at).unwrap()[e] -= 2.0 * step;
+            let down = loss(&params, &masks);
+            masks.0.get_mut(at).unwrap()[e] = 1.0;
+            compare(format!("{at:?} [{e}]"), *got, up, down);
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
+
+fn run(ck: &Checkpoint, n: usize, s: &FitSettings) -> Fitted {
+    let (encodings, labels) = (sentences(n, 30, 21), labels(n));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    fit(ck, &set, &CE, s, None, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+fn distance(a: &Checkpoint, b: &Checkpoint) -> f32 {
+    a.tensors().map(|(d, _)| worst(&a.values(d.tensor), &b.values(d.tensor))).fold(0.0, f32::max)
+}
+
+/// Dropout on: its masks do not depend on how examples are gathered.
+#[test]
+fn accumulating_4x8_is_1x32() {
+    let ck = lively(uneven(HEADS[0]), 3);
+    // One sum of gradients is rounded in two ways; SGD-like settings keep Adam from blowing that up.
+    let s = FitSettings {
+        epochs: 1,
+        dropout: DROPOUT,
+        learning_rate: 1e-4,
+        head_learning_rate: 1e-4,
+        warmup: 0.0,
+        ..settings()
+    };
+    let one = run(&ck, 96, &FitSettings { batch_size: 32, accumulate: 1, ..s.clone() });
+    let four = run(&ck, 96, &FitSettings { batch_size: 8, accumulate: 4, ..s.clone() });
+    assert_eq!((one.steps, four.steps), (3, 3));
+    assert!((one.last.total - four.last.total).abs() < 1e-5, "{:?} {:?}", one.last, four.last);
+    assert!(distance(&one.checkpoint, &four.checkpoint) < 1e-4);
+    let other = run(&ck, 96, &FitSettings { batch_size: 32, seed: 8, ..s });
+    assert!((one.last.total - other.last.total).abs() > 1e-4, "another seed is another run");
+}
+
+#[test]
+fn same_seed_same_bytes_and_frozen_stays() {
+    let ck = lively(uneven(HEADS[1]), 3);
+    let s = FitSettings { freeze: vec!["embeddings.word_embeddings".into()], ..settings() };
+    let (a, b) = (run(&ck, 40, &s), run(&ck, 40, &s));
+    assert_eq!(distance(&a.checkpoint, &b.checkpoint), 0.0);
+    assert_eq!(a.checkpoint.values(Tensor::Word), ck.values(Tensor::Word));
+    assert_ne!(a.checkpoint.values(Tensor::Position), ck.values(Tensor::Position));
+}
+
+#[test]
+fn a_small_model_learns() {
+    let ck = lively(uneven(HEADS[0]), 3);
+    let s = FitSettings {
+        epochs: 60,
+        learning_rate: 5e-3,
+        head_learning_rate: 5e-3,
+        dropout: Dropout::default(),
+        ..settings()
+    };
+    let fitted = run(&ck, 24, &FitSettings { schedule: Schedule::Cosine, ..s });
+    assert!(fitted.last.total < 0.45, "label smoothing 0.1 has a floor near 0.39: {:?}", fitted.last);
+}
+
+/// Interrupted anywhere, resumed: the bytes of an uninterrupted run.
+#[test]
+fn resumed_is_uninterrupted() {
+    let ck = lively(uneven(HEADS[0]), 3);
+    let (encodings, labels) = (sentences(50, 30, 21), labels(50));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let whole = run(&ck, 50, &settings());
+    let dir = tempfile::tempdir().unwrap();
+    for stop_at in [1, 3, 7, 9] {
+        let place = dir.path().join(format!("state-{stop_at}"));
+        let state = |resume| State { dir: &place, every_steps: 2, resume, key: "k".into() };
+        // The state on disk is that of the last periodic save, as after a kill.
+        let mut stop = |e: Event| match e {
+            Event::Step(p) if p.step == stop_at => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        };
+        let stopped = fit(&ck, &set, &CE, &settings(), Some(&state(false)), &mut stop);
+        assert!(matches!(stopped, Err(FitError::Interrupted { step, .. }) if step == stop_at));
+        let mut resumed = None;
+        let rest = fit(&ck, &set, &CE, &settings(), Some(&state(true)), &mut |e| {
+            if let Event::Resumed { step } = e {
+                resumed = Some(step);
+            }
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert_eq!(resumed, Some(stop_at));
+        assert_eq!(distance(&rest.checkpoint, &whole.checkpoint), 0.0, "stopped at {stop_at}");
+        let other = State { key: "other".into(), ..state(true) };
+        let refused = fit(&ck, &set, &CE, &settings(), Some(&other), &mut |_| ControlFlow::Continue(()));
+        assert!(refused.err().unwrap().to_string().contains("other inputs or settings"));
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_before_the_update() {
+    let ck = lively(uneven(HEADS[0]), 3);
+    let (encodings, labels) = (sentences(40, 30, 21), labels(40));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let s = FitSettings {
+        learning_rate: 1e30,
+        head_learning_rate: 1e30,
+        clip: 0.0,
+        warmup: 0.0,
+        epochs: 5,
+        ..settings()
+    };
+    let mut last = 0;
+    let e = fit(&ck, &set, &CE, &s, None, &mut |e| {
+        if let Event::Step(p) = e {
+            last = p.step;
+        }
+        ControlFlow::Continue(())
+    });
+    assert!(matches!(e, Err(FitError::NotFinite { step, .. }) if step == last + 1));
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused() {
+    let ck = lively(uneven(HEADS[0]), 3);
+    let (encodings, labels) = (sentences(4, 30, 21), labels(4));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let kd = |alpha, temperature, teacher_logits| Objective::Distill { alpha, temperature, teacher_logits };
+    let rows: [(Objective, FitSettings, &str); 8] = [
+        (CE, FitSettings { epochs: 0, ..settings() }, "at least 1"),
+        (CE, FitSettings { warmup: 1.5, ..settings() }, "warmup"),
+        (CE, FitSettings { dropout: Dropout { hidden: 1.0, ..DROPOUT }, ..settings() }, "dropout"),
+        (CE, FitSettings { learning_rate: f32::NAN, ..settings() }, "learning_rate"),
+        (kd(1.5, 3.0, &[0.0; 12]), settings(), "alpha"),
+        (kd(0.5, 0.0, &[0.0; 12]), settings(), "temperature"),
+        (kd(0.5, 3.0, &[0.0; 9]), settings(), "teacher logits"),
+        (kd(0.5, 3.0, &[f32::NAN; 12]), settings(), "not a finite"),
+    ];
+    for (objective, s, words) in rows {
+        let e = fit(&ck, &set, &objective, &s, None, &mut |_| ControlFlow::Continue(())).err().unwrap().to_string();
+        assert!(e.contains(words), "{e}");
+    }
+}
+
+/// A unit whose output is thrown away by the next matrix has score 0; the scores are those of the masks' gradients.
+#[test]
+fn scores_find_the_idle_unit() {
+    let mut ck = lively(uneven(HEADS[0]), 3);
+    let out = Tensor::W(quetsch::spec::Lin::Out(0));
+    let mut w = ck.values(out).into_owned();
+    w.chunks_mut(24).for_each(|row| row[8..16].fill(0.0)); // head 2, the second of layer 0
+    ck.set(out, quetsch::checkpoint::Stored::f32(w));
+    let (encodings, labels) = (sentences(30, 30, 21), labels(30));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let sample = Sample { batch_size: 8, batches: 3, seed: 1, threads: 2 };
+    let heads = head_scores(&ck, &set, &CE, sample).unwrap();
+    assert_eq!(heads.iter().map(Vec::len).collect::<Vec<_>>(), [3, 0, 1]);
+    assert!(heads[0][1] == 0.0 && heads[0][0] > 0.0 && heads[0][2] > 0.0 && (heads[2][0] - 1.0).abs() < 1e-6);
+    let ffn = ffn_scores(&ck, &set, &CE, sample).unwrap();
+    assert_eq!(ffn.iter().map(Vec::len).collect::<Vec<_>>(), [20, 12, 8]);
+    assert!(ffn.iter().flatten().all(|s| *s > 0.0));
+}

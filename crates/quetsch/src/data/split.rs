@@ -1,0 +1,84 @@
+//! A validation part that stays put, and what a file repeats.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+
+use serde::Serialize;
+
+use super::Dataset;
+use crate::rng;
+
+/// Two texts are the same when they differ in case and white space only.
+fn normalised(text: &str) -> String {
+    text.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" ")
+}
+
+/// Splits into (train, validation).
+///
+/// A row is in the validation part when the hash of its seed and normalised text, as a number in [0, 1), is below
+/// `fraction`. So the place of a row depends on nothing but itself: rows that are added later move no other, repeated
+/// texts are all on one side, and every label gives its share up to chance. The one exception is a label all of whose
+/// texts would be in validation: the one with the largest hash trains, because a label never trained on cannot be
+/// validated.
+pub fn split(set: &Dataset, fraction: f64, seed: u64) -> (Dataset, Dataset) {
+    let place = |text: &String| {
+        let hash = blake3::hash(normalised(text).as_bytes());
+        let words = hash.as_bytes().chunks_exact(8).map(|b| b.iter().fold(0, |word, &b| word << 8 | u64::from(b)));
+        rng::key(&[seed].into_iter().chain(words).collect::<Vec<_>>())
+    };
+    let places: Vec<u64> = set.texts.iter().map(place).collect();
+    let mut last = vec![0; set.names.len()];
+    for (&place, &label) in places.iter().zip(&set.labels) {
+        last[label as usize] = place.max(last[label as usize]);
+    }
+    let below = |place: u64| (place as f64) < fraction * (u64::MAX as f64);
+    let kept: HashSet<u64> = last.into_iter().filter(|&place| below(place)).collect();
+    let validates = |row: &usize| below(places[*row]) && !kept.contains(&places[*row]);
+    let (validation, train): (Vec<usize>, Vec<usize>) = (0..set.len()).partition(validates);
+    (set.subset(train), set.subset(validation))
+}
+
+/// What two files repeat, by texts that differ in case and white space only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Overlap {
+    /// Rows of the training file whose text an earlier row has.
+    pub duplicates_in_train: usize,
+    /// Rows of the test file whose text an earlier row has.
+    pub duplicates_in_test: usize,
+    /// Distinct texts that carry more than one label, in both files together.
+    pub conflicting_labels: usize,
+    /// Rows of the test file whose text is in the training file.
+    pub leaked_into_test: usize,
+}
+
+impl fmt::Display for Overlap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Overlap { duplicates_in_train, duplicates_in_test, conflicting_labels, leaked_into_test } = self;
+        write!(
+            f,
+            "repeated rows: {duplicates_in_train} in train, {duplicates_in_test} in test; \
+             texts with more than one label: {conflicting_labels}; test rows also in train: {leaked_into_test}"
+        )
+    }
+}
+
+/// Counts repeated texts in and between a training and a test file.
+pub fn overlap(train: &Dataset, test: &Dataset) -> Overlap {
+    let mut overlap = Overlap::default();
+    let mut labels_of: HashMap<String, HashSet<&str>> = HashMap::new();
+    for (text, &label) in train.texts.iter().zip(&train.labels) {
+        let labels = labels_of.entry(normalised(text)).or_default();
+        overlap.duplicates_in_train += usize::from(!labels.is_empty());
+        labels.insert(&train.names[label as usize]);
+    }
+    let in_train: HashSet<String> = labels_of.keys().cloned().collect();
+    let mut in_test = HashSet::new();
+    for (text, &label) in test.texts.iter().zip(&test.labels) {
+        let text = normalised(text);
+        overlap.leaked_into_test += usize::from(in_train.contains(&text));
+        labels_of.entry(text.clone()).or_default().insert(&test.names[label as usize]);
+        overlap.duplicates_in_test += usize::from(!in_test.insert(text));
+    }
+    overlap.conflicting_labels = labels_of.values().filter(|labels| labels.len() > 1).count();
+    overlap
+}

@@ -132,6 +132,16 @@ struct Source {
 pub fn read(file: &Path, environment: &BTreeMap<String, String>, flags: &[String]) -> Result<Recipe> {
     let text =
         std::fs::read_to_string(file).with_context(|| format!("cannot read the recipe {}", file.display()))?;
+    from_text(file, text, environment, flags)
+}
+
+/// As [`read`], of a recipe that is in memory; `file` is for messages.
+pub fn from_text(
+    file: &Path,
+    text: String,
+    environment: &BTreeMap<String, String>,
+    flags: &[String],
+) -> Result<Recipe> {
     let mut source = Source::parse(file, text)?;
     let ids = source.stage_ids()?;
     let mut overrides = from_environment(environment, &ids);

@@ -118,7 +118,7 @@ fn bytes(stored: &Stored) -> usize {
 
 fn table(header: &[&str], left: &[usize]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header);
+    table.load_style(presets::NOTHING).set_header(header);
     for (i, column) in table.column_iter_mut().enumerate() {
         if !left.contains(&i) {
             column.set_cell_alignment(CellAlignment::Right);

@@ -191,7 +191,7 @@ impl Comparison {
     /// For a terminal: numbers to the right, the best accuracy in bold.
     pub fn table(&self) -> String {
         let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(HEADER);
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(HEADER);
         let best = self.variants.iter().map(|v| v.figures.accuracy).fold(f64::NEG_INFINITY, f64::max);
         for v in &self.variants {
             let cells = Self::cells(v).into_iter().enumerate().map(|(i, text)| match i {
@@ -238,7 +238,7 @@ impl Comparison {
             .filter(|v| v.dir.is_some())
             .map(|v| {
                 minijinja::context! {
-                    name => v.name,
+                    name => v.name.clone(),
                     disk => round(100.0 * v.disk_bytes as f64 / largest as f64, 1),
                     disk_mb => round(mb(v.disk_bytes), 1),
                     latency => v.speed.as_ref().map(|s| round(100.0 * s.latency_ms.p50 / slowest, 1)),

@@ -134,29 +134,29 @@ pub struct Training {
     pub accumulate: usize,
     /// Highest learning rate of the body
     #[arg(long, default_value_t = Training::default().learning_rate)]
-    pub learning_rate: f32,
+    pub learning_rate: f64,
     /// Highest learning rate of the head [default: 3 times the body's]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub head_learning_rate: Option<f32>,
+    pub head_learning_rate: Option<f64>,
     /// Decoupled weight decay; never on biases and LayerNorm
     #[arg(long, default_value_t = Training::default().weight_decay)]
-    pub weight_decay: f32,
+    pub weight_decay: f64,
     /// Share of all steps during which the learning rate rises
     #[arg(long, default_value_t = Training::default().warmup)]
-    pub warmup: f32,
+    pub warmup: f64,
     /// How the learning rate falls afterwards
     #[arg(long, value_enum, default_value_t = Training::default().schedule)]
     pub schedule: Schedule,
     /// Largest norm of all gradients together; 0 turns clipping off
     #[arg(long, default_value_t = Training::default().clip)]
-    pub clip: f32,
+    pub clip: f64,
     /// Dropout in the body: hidden states and attention probabilities
     #[arg(long, default_value_t = Training::default().dropout)]
-    pub dropout: f32,
+    pub dropout: f64,
     /// Dropout in the classification head
     #[arg(long, default_value_t = Training::default().head_dropout)]
-    pub head_dropout: f32,
+    pub head_dropout: f64,
     /// Leave tensors unchanged whose name contains one of these, such as word_embeddings
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     pub freeze: Vec<String>,
@@ -200,7 +200,7 @@ impl Default for Training {
 
 impl Training {
     fn check_into(&self, c: &mut Check) {
-        let finite = |x: f32| x.is_finite() && x >= 0.0;
+        let finite = |x: f64| x.is_finite() && x >= 0.0;
         c.error(self.batch_size > 0, "batch-size", || "is 0, must be at least 1".into());
         c.error(self.accumulate > 0, "accumulate", || "is 0, must be at least 1".into());
         c.error(self.max_length >= 3, "max-length", || format!("is {}, must be at least 3", self.max_length));
@@ -217,14 +217,14 @@ impl Training {
             format!("is {}, must be 0 or more", self.weight_decay)
         });
         c.error(finite(self.clip), "clip", || format!("is {}, must be 0 or more", self.clip));
-        c.range("warmup", self.warmup.into(), 0.0, 1.0);
+        c.range("warmup", self.warmup, 0.0, 1.0);
         for (key, p) in [("dropout", self.dropout), ("head-dropout", self.head_dropout)] {
             c.error((0.0..1.0).contains(&p), key, || format!("is {p}, must lie in [0, 1)"));
         }
     }
 
     /// The learning rate of the head.
-    pub fn head_learning_rate(&self) -> f32 {
+    pub fn head_learning_rate(&self) -> f64 {
         self.head_learning_rate.unwrap_or(3.0 * self.learning_rate)
     }
 }
@@ -236,10 +236,10 @@ impl Training {
 pub struct Kd {
     /// Weight of the true labels' cross-entropy; the teacher's part has the rest
     #[arg(long, default_value_t = Kd::default().alpha)]
-    pub alpha: f32,
+    pub alpha: f64,
     /// Temperature that softens both distributions
     #[arg(long, default_value_t = Kd::default().temperature)]
-    pub temperature: f32,
+    pub temperature: f64,
 }
 
 impl Default for Kd {
@@ -251,7 +251,7 @@ impl Default for Kd {
 impl Kd {
     fn check_into(&self, c: &mut Check) {
         let (a, t) = (self.alpha, self.temperature);
-        c.range("alpha", a.into(), 0.0, 1.0);
+        c.range("alpha", a, 0.0, 1.0);
         c.warn(!(0.0..=1.0).contains(&a) || (0.2..=0.5).contains(&a), "alpha", || {
             format!("is {a}; values from 0.2 to 0.5 usually work best")
         });
@@ -286,7 +286,7 @@ pub struct Train {
     pub head: Head,
     /// Share of the target probability spread over all labels
     #[arg(long, default_value_t = 0.0)]
-    pub label_smoothing: f32,
+    pub label_smoothing: f64,
     /// The training loop.
     #[command(flatten)]
     #[serde(flatten)]
@@ -453,7 +453,7 @@ pub struct Quantize {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// Scheme: f32, f16, bf16, int8, bnb-int8, nf4 or fp4
+    /// Scheme: f64, f16, bf16, int8, bnb-int8, nf4 or fp4
     #[arg(long, value_name = "SCHEME", default_value_t = Quantize::default().quant)]
     pub quant: String,
     /// Sites left in float, besides the last linear of the model; `none` quantises that one too
@@ -542,7 +542,7 @@ mod tests {
             (distill(0.9, 8.0), 0, 2),
             (distill(1.5, 3.0), 1, 0),
             (distill(-0.1, 0.0), 2, 0),
-            (distill(f32::NAN, f32::NAN), 2, 0),
+            (distill(f64::NAN, f64::NAN), 2, 0),
         ];
         for (settings, e, w) in rows {
             let found = settings.check();

@@ -121,9 +121,8 @@ impl Fit<'_> {
                     bar.at(p.step as u64, || describe(&p));
                     metrics.write(&p)
                 }
-                Event::Epoch { epoch, epochs: total, checkpoint, mean } => self
-                    .validate(checkpoint, epoch, &best_dir)
-                    .map(|accuracy| {
+                Event::Epoch { epoch, epochs: total, checkpoint, mean } => {
+                    self.validate(checkpoint, epoch, &best_dir).map(|accuracy| {
                         let validation = accuracy.map(|a| format!(", validation {}", percent(a)));
                         let line = format!(
                             "{}: epoch {epoch}/{total}  loss {:.4}{}  {}",
@@ -143,7 +142,8 @@ impl Fit<'_> {
                             kl: mean.kl,
                             validation_accuracy: accuracy,
                         });
-                    }),
+                    })
+                }
             };
             match handled {
                 Err(e) => {
@@ -179,17 +179,17 @@ impl Fit<'_> {
             epochs: s.epochs,
             batch_size: s.batch_size,
             accumulate: s.accumulate,
-            learning_rate: s.learning_rate,
-            head_learning_rate: s.head_learning_rate(),
-            weight_decay: s.weight_decay,
-            warmup: s.warmup,
+            learning_rate: s.learning_rate as f32,
+            head_learning_rate: s.head_learning_rate() as f32,
+            weight_decay: s.weight_decay as f32,
+            warmup: s.warmup as f32,
             schedule: match s.schedule {
                 Schedule::Linear => quetsch_train::Schedule::Linear,
                 Schedule::Cosine => quetsch_train::Schedule::Cosine,
                 Schedule::Constant => quetsch_train::Schedule::Constant,
             },
-            clip: s.clip,
-            dropout: Dropout { hidden: s.dropout, attention: s.dropout, head: s.head_dropout },
+            clip: s.clip as f32,
+            dropout: Dropout { hidden: s.dropout as f32, attention: s.dropout as f32, head: s.head_dropout as f32 },
             freeze: s.freeze.clone(),
             seed: s.seed.unwrap_or(42),
             threads: self.threads,
@@ -201,7 +201,8 @@ impl Fit<'_> {
         if self.encoded.validation.is_empty() {
             return Ok(None);
         }
-        let accuracy = accuracy(checkpoint, &self.encoded.validation, &self.corpus.validation.labels, self.threads)?;
+        let accuracy =
+            accuracy(checkpoint, &self.encoded.validation, &self.corpus.validation.labels, self.threads)?;
         let better = read_best(best_dir).is_none_or(|b| accuracy > b.accuracy);
         if self.settings.keep == KeepEpoch::Best && better {
             let folder = quetsch::atomic::Folder::create(best_dir, true)?;

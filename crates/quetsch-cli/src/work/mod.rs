@@ -96,6 +96,7 @@ impl Job<'_> {
     pub fn run(&self, ui: &Ui) -> Result<Value> {
         let provenance = self.provenance()?;
         let found = Provenance::read(&self.out);
+        tracing::debug!(id = self.id, key = provenance.key, inputs = ?provenance.inputs, "provenance");
         if found.as_ref().is_some_and(|f| f.key == provenance.key) {
             return self.done_before(ui);
         }

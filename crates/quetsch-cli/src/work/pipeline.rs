@@ -89,7 +89,6 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     }
     let started = Instant::now();
     std::fs::create_dir_all(&recipe.out).with_context(|| format!("cannot make {}", recipe.out.display()))?;
-    write_file(recipe.out.join("recipe.resolved.toml"), recipe.to_toml()?.as_bytes())?;
     let (mut reports, mut comparison) = (vec![], None);
     for stage in stages {
         let job = recipe.job(stage, threads, options);
@@ -116,6 +115,7 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     ui.note(format!("done in {}", duration(seconds)));
     let report = json!({ "seconds": super::round(seconds, 1), "stages": reports });
     write_file(recipe.out.join("report.json"), &pretty(&report)?)?;
+    write_file(recipe.out.join("recipe.resolved.toml"), recipe.to_toml()?.as_bytes())?;
     check_gates(recipe, stages, options, comparison.as_ref(), threads, ui)?;
     Ok(Finished { comparison, report })
 }

@@ -103,10 +103,14 @@ impl Fit<'_> {
         let s = self.settings;
         fs::create_dir_all(self.state).with_context(|| format!("cannot make {}", self.state.display()))?;
         let (best_dir, state_dir) = (self.state.join("best"), self.state.join("state"));
-        let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), self.resume)?;
+        // Killed before the first save, a run has nothing to go on from.
+        let resume = self.resume && state_dir.exists();
+        if !resume && best_dir.exists() {
+            fs::remove_dir_all(&best_dir).with_context(|| format!("cannot remove {}", best_dir.display()))?;
+        }
+        let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), resume)?;
         let set = TrainSet { encodings: &self.encoded.train, labels: &self.corpus.train.labels };
-        let state =
-            State { dir: &state_dir, every_steps: s.save_every, resume: self.resume, key: self.key.to_string() };
+        let state = State { dir: &state_dir, every_steps: s.save_every, resume, key: self.key.to_string() };
         let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
         let mut bar: Option<ui::Bar> = None;
         let started = Instant::now();

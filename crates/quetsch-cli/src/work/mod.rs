@@ -38,8 +38,8 @@ pub struct Job<'a> {
     pub inputs: BTreeMap<&'static str, PathBuf>,
     /// Its folder.
     pub out: PathBuf,
-    /// Folder for the teacher's logits, shared by the stages of a run.
-    pub cache: PathBuf,
+    /// Folder for the teacher's logits, shared by the stages of a run; without one they live beside the state.
+    pub cache: Option<PathBuf>,
     /// Threads.
     pub threads: usize,
     /// Replace what is there.
@@ -107,7 +107,7 @@ impl Job<'_> {
         }
         let state = self.state();
         if state.exists() && !self.resume {
-            if !self.force {
+            if state.join("state").exists() && !self.force {
                 let out = self.out.display();
                 anyhow::bail!(
                     "the training of {out} was interrupted: pass --resume to go on, or --force to start again"

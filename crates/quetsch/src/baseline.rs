@@ -59,7 +59,10 @@ impl TfIdf {
                 .chunks(n_labels.div_ceil(threads).max(1))
                 .map(|share| scope.spawn(move || solve(share)))
                 .collect();
-            workers.into_iter().flat_map(|worker| worker.join().expect("the solver does not panic")).collect()
+            workers
+                .into_iter()
+                .flat_map(|worker| worker.join().unwrap_or_else(|e| std::panic::resume_unwind(e)))
+                .collect()
         });
         for (class, weights) in solved.into_iter().enumerate() {
             for (feature, weight) in weights.into_iter().enumerate() {

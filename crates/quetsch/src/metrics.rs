@@ -176,11 +176,9 @@ pub fn agreement(parent: &[f32], child: &[f32], truth: &[u32], labels: usize) ->
         parent_only += usize::from(delta < 0);
         child_only += usize::from(delta > 0);
         deltas.push(delta);
-        kl += log_softmax(p)
-            .iter()
-            .zip(log_softmax(c))
-            .map(|(p, c)| if *p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - c) })
-            .sum::<f64>();
+        // 0 ln 0 = 0; with log 0 = -inf it would be NaN.
+        let term = |p: f64, c: f64| if p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - c) };
+        kl += log_softmax(p).into_iter().zip(log_softmax(c)).map(|(p, c)| term(p, c)).sum::<f64>();
     }
     Agreement {
         agreement: (n - flipped.len()) as f64 / n as f64,

@@ -1,1 +1,152 @@
+use serde_json::{Value, json};
 
+use super::*;
+
+/// `fixtures/metrics.json`: scikit-learn's and scipy's values for two sets of logits.
+fn fixture() -> Value {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/metrics.json");
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn floats(value: &Value) -> Vec<f32> {
+    let rows = value.as_array().unwrap().iter();
+    rows.flat_map(|row| row.as_array().unwrap()).map(|x| x.as_f64().unwrap() as f32).collect()
+}
+
+fn truth(fixture: &Value) -> Vec<u32> {
+    fixture["truth"].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
+}
+
+fn names(n: usize) -> Vec<String> {
+    (0..n).map(|i| format!("LABEL_{i}")).collect()
+}
+
+/// All numbers of `expected` that `found` has under the same keys, within 1e-6: the logits went through f32.
+fn differences(path: &str, expected: &Value, found: &Value) -> Vec<String> {
+    match (expected, found) {
+        (Value::Object(expected), found) => {
+            expected.iter().flat_map(|(k, v)| differences(&format!("{path}.{k}"), v, &found[k])).collect()
+        }
+        (Value::Array(expected), Value::Array(found)) if expected.len() == found.len() => {
+            let pairs = expected.iter().zip(found).enumerate();
+            pairs.flat_map(|(i, (e, f))| differences(&format!("{path}[{i}]"), e, f)).collect()
+        }
+        _ => match (expected.as_f64(), found.as_f64()) {
+            (Some(e), Some(f)) if (e - f).abs() < 1e-6 => Vec::new(),
+            _ => vec![format!("{path}: expected {expected}, found {found}")],
+        },
+    }
+}
+
+#[test]
+fn as_scikit_learn_and_scipy() {
+    let fixture = fixture();
+    let (truth, labels) = (truth(&fixture), fixture["labels"].as_u64().unwrap() as usize);
+    let (parent, child) = (floats(&fixture["parent_logits"]), floats(&fixture["child_logits"]));
+    let mut wrong = Vec::new();
+    for (side, logits) in [("parent", &parent), ("child", &child)] {
+        let mut found = serde_json::to_value(evaluate(logits, &truth, &names(labels))).unwrap();
+        for key in ["precision", "recall", "f1", "support"] {
+            let column: Vec<Value> =
+                found["per_class"].as_array().unwrap().iter().map(|c| c[key].clone()).collect();
+            found[key] = column.into();
+        }
+        wrong.extend(differences(side, &fixture[side], &found));
+    }
+    let found = agreement(&parent, &child, &truth, labels);
+    wrong.extend(differences("agreement", &fixture["agreement"], &serde_json::to_value(&found).unwrap()));
+    for case in fixture["mcnemar"].as_array().unwrap() {
+        let count = |key: &str| case[key].as_u64().unwrap() as usize;
+        let p = mcnemar(count("parent_only"), count("child_only"));
+        let expected = case["p"].as_f64().unwrap();
+        if (p - expected).abs() > 1e-9 * expected {
+            wrong.push(format!("{case}: {p}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+
+    // The normal approximation of a paired difference has nearly the interval of the bootstrap.
+    let n = truth.len() as f64;
+    let (delta, discordant) = (found.accuracy_delta, (found.mcnemar.parent_only + found.mcnemar.child_only) as f64);
+    let half = Z_95 * ((discordant / n - delta * delta) / n).sqrt();
+    for (bound, expected) in found.delta_interval.into_iter().zip([delta - half, delta + half]) {
+        assert!((bound - expected).abs() < 0.01, "{:?}, expected about {expected}", found.delta_interval);
+    }
+    assert_eq!(found.delta_interval, agreement(&parent, &child, &truth, labels).delta_interval);
+}
+
+#[test]
+fn by_hand() {
+    // Predictions 0, 1, 1, 0 for truths 0, 1, 0, 0; label 2 never occurs and stays out of the macro mean.
+    let logits = [3.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 3.0, 0.0, 1.0, 1.0, 0.0];
+    let m = evaluate(&logits, &[0, 1, 0, 0], &names(3));
+    assert_eq!((m.n, m.accuracy, m.top_3), (4, 0.75, 1.0));
+    assert_eq!(m.per_class[0].precision, 1.0);
+    assert_eq!(m.per_class[0].recall, 2.0 / 3.0);
+    assert_eq!([m.per_class[0].f1, m.per_class[1].f1, m.per_class[2].f1], [0.8, 2.0 / 3.0, 0.0]);
+    assert!((m.macro_f1 - (0.8 + 2.0 / 3.0) / 2.0).abs() < 1e-12);
+    assert_eq!(m.confusions, [Confusion { truth: "LABEL_0".into(), predicted: "LABEL_1".into(), count: 1 }]);
+
+    // Two equal rows out of two flipped; two labels, so that top 3 is all.
+    let a = agreement(&[1.0, 0.0, 1.0, 0.0], &[0.0, 1.0, 0.0, 1.0], &[0, 1], 2);
+    assert_eq!((a.flips, a.flip_rate, a.agreement, a.flipped), (2, 1.0, 0.0, vec![0, 1]));
+    assert_eq!(a.mcnemar, McNemar { parent_only: 1, child_only: 1, p: 1.0 });
+    // KL((s, 1 - s) || (1 - s, s)) = (2s - 1) ln(s / (1 - s)), here with s = sigmoid(1): tanh(1/2) * 1.
+    assert!((a.mean_kl - 0.5f64.tanh()).abs() < 1e-12);
+    assert_eq!(evaluate(&[1.0, 0.0], &[1], &names(2)).top_3, 1.0);
+
+    let same = agreement(&logits, &logits, &[0, 1, 0, 0], 3);
+    assert_eq!((same.flips, same.mean_kl, same.accuracy_delta, same.delta_interval), (0, 0.0, 0.0, [0.0, 0.0]));
+}
+
+#[test]
+fn ties_go_to_the_lowest_index_and_nan_is_last() {
+    let nan = f32::NAN;
+    let table: [(&[f32], &[usize]); 6] = [
+        (&[1.0, 3.0, 3.0, 2.0], &[1, 2, 3]),
+        (&[0.0, -0.0, 0.0], &[0, 1, 2]),
+        (&[nan, 1.0, nan, 2.0], &[3, 1, 0]),
+        (&[nan, nan], &[0, 1]),
+        (&[f32::NEG_INFINITY, nan, f32::INFINITY], &[2, 0, 1]),
+        (&[], &[]),
+    ];
+    for (row, expected) in table {
+        assert_eq!(top_k(row, 3), expected, "{row:?}");
+        assert_eq!(argmax(row), expected.first().copied().unwrap_or(0), "{row:?}");
+    }
+}
+
+#[test]
+fn strange_numbers_never_panic() {
+    let rows = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, f32::MAX];
+    let logits: Vec<f32> = rows.iter().flat_map(|&a| rows.map(|b| [a, b])).flatten().collect();
+    let truth = vec![1; logits.len() / 2];
+    let m = evaluate(&logits, &truth, &names(2));
+    assert!(m.loss.is_nan() && m.accuracy > 0.0);
+    assert_eq!(serde_json::to_value(&m).unwrap()["loss"], json!(null));
+    assert!(agreement(&logits, &logits, &truth, 2).mean_kl.is_nan());
+    // Certainty is not a NaN.
+    let certain = [0.0, f32::NEG_INFINITY];
+    assert_eq!(agreement(&certain, &certain, &[0], 2).mean_kl, 0.0);
+    // Nothing measured.
+    assert!(evaluate(&[], &[], &names(2)).accuracy.is_nan());
+    assert_eq!(agreement(&[], &[], &[], 2).flips, 0);
+}
+
+#[test]
+fn softmax_sums_to_one() {
+    let mut row = [1000.0, 1000.0, -1000.0];
+    softmax(&mut row);
+    assert_eq!(row, [0.5, 0.5, 0.0]);
+}
+
+#[test]
+fn wilson_stays_in_bounds() {
+    // 1 / (1 + n / z^2) and its mirror image.
+    let edge = Z_95 * Z_95 / (10.0 + Z_95 * Z_95);
+    for (correct, n, expected) in [(0, 10, [0.0, edge]), (10, 10, [1.0 - edge, 1.0]), (0, 0, [0.0, 1.0])] {
+        let found = wilson(correct, n);
+        let close = found.iter().zip(expected).all(|(f, e)| (f - e).abs() < 1e-12);
+        assert!(close, "{correct} of {n}: {found:?}, expected {expected:?}");
+    }
+}

@@ -24,8 +24,9 @@ enum Weight {
     Dense(Vec<f32>),
     /// int8 rows, the input quantised as `Int8Input` says.
     Int8(int8::Matrix, Int8Input),
-    /// 4-bit blocks, decoded a panel of rows at a time.
-    FourBit(FourBit),
+    /// 4-bit blocks, decoded a panel of rows at a time, and their bias: with [`Compute::Bf16`] the sum is rounded
+    /// after it, so it cannot be added later.
+    FourBit(FourBit, Vec<f32>),
 }
 
 /// `[k]` -> `[n]`, some columns of the output.
@@ -46,7 +47,7 @@ pub struct Linear {
 impl Linear {
     /// Packs the linears at `sites`, which read the same input, side by side.
     pub fn pack(ck: &Checkpoint, sites: &[Lin]) -> Linear {
-        let bias: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::B(*s)).into_owned()).collect();
+        let mut bias: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::B(*s)).into_owned()).collect();
         let width = |s: Lin| ck.get(Tensor::B(s)).len();
         let k = ck.spec.linears().iter().find(|(s, ..)| *s == sites[0]).map_or(0, |(_, _, k)| *k);
         let mut parts = vec![];
@@ -68,7 +69,10 @@ impl Linear {
                     let scale = q.scb.iter().map(|s| s / 127.0).collect();
                     Weight::Int8(int8::Matrix { values: q.values.clone(), scale, k }, q.input)
                 }
-                Stored::FourBit(q) => Weight::FourBit(q.clone()),
+                Stored::FourBit(q) => {
+                    let own = bias[offset..offset + n].iter_mut().map(std::mem::take).collect();
+                    Weight::FourBit(q.clone(), own)
+                }
             };
             parts.push(Part { weight, offset, n });
             offset += n;
@@ -81,12 +85,12 @@ impl Linear {
         self.bias.len()
     }
 
-    /// The bias, which the caller adds together with the non-linearity.
+    /// The bias that the caller adds together with the non-linearity.
     pub fn bias(&self) -> &[f32] {
         &self.bias
     }
 
-    /// out `[rows, n]` = x W^T.
+    /// out `[rows, n]` = x W^T, and what of the bias [`Linear::bias`] does not hold.
     pub(super) fn run(&self, x: &Input, ws: &mut Workspace, out: &mut [f32]) {
         let stride = self.n();
         for part in &self.parts {
@@ -97,7 +101,7 @@ impl Linear {
                 Weight::Dense(w) => matmul(size, x.values, w, out, stride),
                 Weight::Int8(w, Int8Input::Dynamic) => dynamic(x.values, x.rows, w, ws, out, stride),
                 Weight::Int8(w, Int8Input::Mixed { threshold }) => mixed(x, w, *threshold, ws, out, stride),
-                Weight::FourBit(w) => panels(size, x.values, w, ws, out, stride),
+                Weight::FourBit(w, bias) => panels(size, x.values, w, bias, ws, out, stride),
             }
         }
     }
@@ -146,16 +150,25 @@ fn mixed(x: &Input, w: &int8::Matrix, threshold: f32, ws: &mut Workspace, out: &
     }
 }
 
-/// 4-bit weights: `PANEL` output columns are decoded, transposed and multiplied at a time. With [`Compute::Bf16`] the
-/// input, the weights and the result are rounded to bfloat16 and products are summed in f32.
-fn panels(size: Size, values: &[f32], w: &FourBit, ws: &mut Workspace, out: &mut [f32], stride: usize) {
+/// 4-bit weights: `PANEL` output columns are decoded, transposed and multiplied at a time. With [`Compute::Bf16`]
+/// input, weights, bias and result are rounded to bfloat16 and products are summed in f32, as PyTorch's bf16 linear on
+/// dequantised weights does.
+fn panels(
+    size: Size,
+    values: &[f32],
+    w: &FourBit,
+    bias: &[f32],
+    ws: &mut Workspace,
+    out: &mut [f32],
+    stride: usize,
+) {
     const PANEL: usize = 64;
     let Size { m, n, k } = size;
     let bf16 = w.compute == Compute::Bf16;
-    let round = |v: f32| if bf16 { math::bf16(w.source.round(v)) } else { w.source.round(v) };
+    let round = |v: f32| if bf16 { math::bf16(v) } else { v };
     let table = |b: usize| {
         let scale = w.absmax.scale(b);
-        std::array::from_fn(|i| round(w.map[i] * scale))
+        std::array::from_fn(|i| round(w.source.round(w.map[i] * scale)))
     };
     let (mut rows, mut panel, mut x) = (ws.floats(PANEL * k), ws.floats(PANEL * k), ws.floats(m * k));
     if bf16 {
@@ -170,10 +183,9 @@ fn panels(size: Size, values: &[f32], w: &FourBit, ws: &mut Workspace, out: &mut
             row.iter().enumerate().for_each(|(i, v)| panel[i * width + c] = *v);
         }
         matmul(Size { m, n: width, k }, &x[..m * k], &panel[..width * k], &mut out[first..], stride);
-        if bf16 {
-            for r in 0..m {
-                out[r * stride + first..][..width].iter_mut().for_each(|v| *v = math::bf16(*v));
-            }
+        for r in 0..m {
+            let row = &mut out[r * stride + first..][..width];
+            row.iter_mut().zip(&bias[first..]).for_each(|(v, b)| *v = round(*v + round(*b)));
         }
     }
     [rows, panel, x].into_iter().for_each(|b| ws.floats.push(b));

@@ -13,8 +13,11 @@ cargo xtask check [PART..]                           all parts, or some of: fmt 
 cargo xtask e2e --model DIR --data DIR [--out DIR]   recipes/banking77.toml on real data; gates on accuracy, never on time
 cargo xtask fixtures [PART..]                        write fixtures/ again with Python (scripts/make_fixtures.py)";
 
+/// A part of `check`: its name and what it does.
+type Part = (&'static str, fn() -> Result<()>);
+
 /// The parts of `check`, quick ones first.
-const PARTS: [(&str, fn() -> Result<()>); 6] = [
+const PARTS: [Part; 6] = [
     ("fmt", || run(&mut cargo(["fmt", "--all", "--check"]))),
     ("house", || house::check(root())),
     ("licences", || house::licences(root())),

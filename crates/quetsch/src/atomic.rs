@@ -223,4 +223,11 @@ mod tests {
         assert_eq!(names(&target), ["x"]);
         assert!(Folder::create("/", true).is_err());
     }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_an_error() {
+        let message = write_synced(Path::new("/dev/full"), b"x").unwrap_err().to_string();
+        assert!(message.contains("/dev/full") && message.contains("No space left"), "{message}");
+    }
 }

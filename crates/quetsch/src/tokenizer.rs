@@ -5,7 +5,7 @@
 use crate::batch::Encoding;
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tokenizers::models::wordpiece::{WordPiece, WordPieceTrainer};
 use tokenizers::normalizers::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
@@ -257,21 +257,21 @@ pub fn train_wordpiece(texts: &[impl AsRef<str> + Sync], vocab_size: usize) -> R
     for text in texts {
         words.extend(split(text.as_ref(), &options)?);
     }
-    // The trainer numbers `##x` in the order of a hash map, and numbers break its ties: pin them by asking for them
-    // first, as if they were special.
-    let mut inner: Vec<char> = words.iter().flat_map(|w| w.chars().skip(1)).collect();
-    inner.sort_unstable();
-    inner.dedup();
-    let mut alphabet: Vec<char> = words.iter().flat_map(|w| w.chars()).collect();
-    alphabet.sort_unstable();
-    alphabet.dedup();
+    // The trainer numbers `##x` in the order of a hash map, and numbers break its ties: pin all single characters by
+    // asking for them first, as if they were special. Printable ASCII is among them, so that no common text of later
+    // days is unknown.
+    let common = || ('!'..='~').filter(|c| !c.is_ascii_uppercase());
+    let alphabet: BTreeSet<char> = words.iter().flat_map(|w| w.chars()).chain(common()).collect();
+    let inner = words.iter().flat_map(|w| w.chars().skip(1));
+    let inner: BTreeSet<char> = inner.chain(common().filter(char::is_ascii_alphanumeric)).collect();
     let least = SPECIAL.len() + inner.len() + alphabet.len();
     if vocab_size < least {
         return Err(Error::invalid(format!(
             "vocabulary size {vocab_size} is too small: special tokens and single characters take {least}"
         )));
     }
-    let first = SPECIAL.iter().map(|s| s.to_string()).chain(inner.iter().map(|c| format!("##{c}")));
+    let single = alphabet.iter().map(char::to_string).chain(inner.iter().map(|c| format!("##{c}")));
+    let first = SPECIAL.iter().map(|s| s.to_string()).chain(single);
     let mut trainer = WordPieceTrainer::builder()
         .vocab_size(vocab_size)
         .min_frequency(2)

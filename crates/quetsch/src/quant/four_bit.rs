@@ -126,9 +126,9 @@ static DYNAMIC_CODES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..=u16::MAX).map(nearest).collect()
 });
 
-/// `torch.sum` of a contiguous f32 vector on a CPU (8 lanes on all of them), to the bit: lanes of four interleaved rows, each a
-/// cascade of partial sums. The mean is in the file, so the order of additions is part of the format. (Above 32,768
-/// scales torch splits the sum between threads, and its own last bit depends on their number.)
+/// `torch.sum` of a contiguous f32 vector on a CPU, to the bit: 8 lanes of four interleaved rows, each row a cascade of
+/// partial sums. The mean is in the file, so the order of additions is part of the format. (Above 32,768 scales torch
+/// splits the sum between threads, and its own last bit depends on their number.)
 fn torch_sum(x: &[f32]) -> f32 {
     const LANES: usize = 8;
     const ROWS: usize = 4;
@@ -141,30 +141,27 @@ fn torch_sum(x: &[f32]) -> f32 {
     let mut sums = [[[0.0f32; LANES]; ROWS]; LEVELS];
     let whole = steps.len() >> power << power;
     for (i, step) in steps.iter().enumerate() {
-        (0..ROWS).for_each(|r| add(&mut sums[0][r], &step[r]));
+        sums[0].iter_mut().zip(step).for_each(|(a, b)| add(a, b));
         let done = i + 1;
-        if done > whole || done % (1 << power) != 0 {
+        if done > whole || !done.is_multiple_of(1 << power) {
             continue;
         }
         for level in 1..LEVELS {
-            for r in 0..ROWS {
-                let lower = std::mem::replace(&mut sums[level - 1][r], [0.0; LANES]);
-                add(&mut sums[level][r], &lower);
-            }
+            let (lower, upper) = sums.split_at_mut(level);
+            upper[0].iter_mut().zip(&lower[level - 1]).for_each(|(a, b)| add(a, b));
+            lower[level - 1] = Default::default();
             if done & (((1 << power) - 1) << (level * power)) != 0 {
                 break;
             }
         }
     }
-    for level in 1..LEVELS {
-        (0..ROWS).for_each(|r| {
-            let higher = sums[level][r];
-            add(&mut sums[0][r], &higher);
-        });
+    let [mut first, higher @ ..] = sums;
+    for level in &higher {
+        first.iter_mut().zip(level).for_each(|(a, b)| add(a, b));
     }
-    let mut lanes = sums[0][0];
+    let mut lanes = first[0];
     rest.iter().for_each(|v| add(&mut lanes, v));
-    (1..ROWS).for_each(|r| add(&mut lanes, &sums[0][r]));
+    first[1..].iter().for_each(|row| add(&mut lanes, row));
     tail.iter().chain(&lanes).fold(0.0, |sum, x| sum + x)
 }
 
@@ -229,7 +226,7 @@ impl FourBit {
             codes.extend(block.iter().map(|w| sorted[rank(w)]));
             scales.push(absmax);
         }
-        if codes.len() % 2 == 1 {
+        if !codes.len().is_multiple_of(2) {
             codes.push(0);
         }
         let packed = codes.as_chunks::<2>().0.iter().map(|[high, low]| high << 4 | low).collect();
@@ -241,7 +238,7 @@ impl FourBit {
     pub fn dequantise(&self) -> Vec<f32> {
         let value = |i: usize| {
             let byte = self.packed[i / 2];
-            let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };
+            let code = if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
             self.source.round(self.map[code as usize] * self.absmax.scale(i / self.block))
         };
         (0..self.len).map(value).collect()

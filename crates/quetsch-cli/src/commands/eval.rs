@@ -1,0 +1,74 @@
+//! `quetsch eval`: accuracy, macro-F1, top-3, calibration and confusions of one model.
+
+use crate::settings::Data;
+use crate::ui::{Ui, percent};
+use crate::work::corpus;
+use anyhow::Result;
+use clap::Args;
+use quetsch::metrics::{self, Metrics};
+use quetsch::runtime::Classifier;
+use std::path::PathBuf;
+
+/// Flags of `eval`.
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// Model directory
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Labelled texts: .csv, .tsv or .jsonl
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Name of the text column; found by its usual names if not given
+    #[arg(long, value_name = "NAME")]
+    text_col: Option<String>,
+    /// Name of the label column; found by its usual names if not given
+    #[arg(long, value_name = "NAME")]
+    label_col: Option<String>,
+    /// Longest text in tokens; longer ones are cut [default: what the model says, else 256]
+    #[arg(long, value_name = "TOKENS")]
+    max_length: Option<usize>,
+}
+
+/// Runs `eval`.
+pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
+    let classifier = Classifier::load(&e.model, e.max_length)?;
+    let columns =
+        Data { text_col: e.text_col.clone(), label_col: e.label_col.clone(), ..Data::default() };
+    let set = corpus::read(&e.data, &columns, classifier.labels())?;
+    for warning in &set.warnings {
+        ui.warn(format!("{}: {warning}", e.data.display()));
+    }
+    let logits = classifier.logits(&set.texts, ui.threads(None))?;
+    let figures = metrics::evaluate(&logits, &set.labels, classifier.labels());
+    ui.result(human(&figures).trim_end(), &figures)
+}
+
+/// The figures for people: totals, the five weakest labels, the five most frequent confusions.
+pub fn human(m: &Metrics) -> String {
+    let [low, high] = m.accuracy_interval;
+    let mut text = format!(
+        "sentences    {}\naccuracy     {}  (95% interval {} to {})\nmacro-F1     {}\ntop-3        {}\n\
+         ECE          {:.4}\nloss         {:.4}\n",
+        m.n,
+        percent(m.accuracy),
+        percent(low),
+        percent(high),
+        percent(m.macro_f1),
+        percent(m.top_3),
+        m.ece,
+        m.loss,
+    );
+    let mut weakest: Vec<_> = m.per_class.iter().filter(|c| c.support > 0).collect();
+    weakest.sort_by(|a, b| a.f1.total_cmp(&b.f1));
+    text += "weakest labels (F1, precision, recall, sentences):\n";
+    for c in weakest.iter().take(5) {
+        text += &format!("  {:.3}  {:.3}  {:.3}  {:>4}  {}\n", c.f1, c.precision, c.recall, c.support, c.label);
+    }
+    if !m.confusions.is_empty() {
+        text += "most frequent confusions (truth -> prediction):\n";
+    }
+    for c in m.confusions.iter().take(5) {
+        text += &format!("  {:>4}  {} -> {}\n", c.count, c.truth, c.predicted);
+    }
+    text
+}

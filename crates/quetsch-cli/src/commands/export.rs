@@ -1,0 +1,81 @@
+//! `quetsch export`: model directories for other programs.
+
+use crate::ui::{Ui, mb};
+use crate::work::corpus::disk_bytes;
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use quetsch::dir;
+use quetsch::prune::dense;
+use quetsch::quant::{self, Scheme};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Flags of `export`.
+#[derive(Debug, Args)]
+pub struct Export {
+    /// Model directory
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// What reads it
+    #[arg(long, value_enum)]
+    to: Target,
+    /// Pruned shapes as they are, or written back to the original shape with zeros
+    #[arg(long, value_enum, default_value_t = Layout::Compact)]
+    layout: Layout,
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Replace what is there
+    #[arg(long)]
+    force: bool,
+}
+
+/// What reads the export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Target {
+    /// transformers, f32 weights
+    Hf,
+    /// transformers with bitsandbytes, 8 bits
+    BnbInt8,
+    /// transformers with bitsandbytes, NF4 with double quantisation
+    BnbNf4,
+}
+
+/// Where pruned heads and channels are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Layout {
+    /// Gone: the smallest files; pruned heads are named in config.json
+    Compact,
+    /// Back as zeros: loads as a plain BERT, computes the same
+    Dense,
+}
+
+/// Runs `export`.
+pub fn run(e: &Export, ui: &Ui) -> Result<()> {
+    let mut model = dir::read(&e.model)?;
+    let scheme: Option<Scheme> = match e.to {
+        Target::Hf => None,
+        Target::BnbInt8 => Some("bnb-int8".parse()?),
+        Target::BnbNf4 => Some("nf4".parse()?),
+    };
+    let stored_so = |ck: &quetsch::checkpoint::Checkpoint| {
+        ck.tensors().all(|(_, t)| Scheme::of(t).float().is_some() || Some(Scheme::of(t)) == scheme)
+    };
+    if e.layout == Layout::Dense || !stored_so(&model.checkpoint) || scheme.is_none() {
+        if model.checkpoint.is_quantised() {
+            ui.warn("the model is quantised: its weights are exported as they are after rounding");
+        }
+        model.checkpoint = model.checkpoint.to_f32();
+    }
+    if e.layout == Layout::Dense {
+        model.checkpoint = dense(&model.checkpoint)?;
+    }
+    if let Some(scheme) = scheme.filter(|_| !model.checkpoint.is_quantised()) {
+        let keep = quant::default_keep(&model.checkpoint.spec);
+        model.checkpoint = quant::quantise(&model.checkpoint, &[("*".into(), scheme)], &keep)?;
+    }
+    dir::write(&e.out, &model, e.force)?;
+    let bytes = disk_bytes(&e.out);
+    let facts = json!({ "out": e.out, "disk_bytes": bytes, "parameters": model.checkpoint.parameters() });
+    ui.result(format!("{}: {:.1} MB", e.out.display(), mb(bytes)), &facts)
+}

@@ -1,0 +1,93 @@
+//! `quetsch init`: a commented recipe for a data file and a model.
+
+use crate::settings::Data;
+use crate::ui::Ui;
+use crate::work::corpus;
+use anyhow::Result;
+use clap::Args;
+use quetsch::atomic::write_file;
+use quetsch::dir;
+use quetsch::tokenizer::Tokenizer;
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Flags of `init`.
+#[derive(Debug, Args)]
+pub struct Init {
+    /// Labelled training data: .csv, .tsv or .jsonl
+    #[arg(value_name = "DATA")]
+    train: String,
+    /// Pretrained model directory
+    #[arg(long, value_name = "DIR")]
+    model: String,
+    /// Test data
+    #[arg(long, value_name = "FILE")]
+    test: Option<String>,
+    /// Name of the text column; found by its usual names if not given
+    #[arg(long, value_name = "NAME")]
+    text_col: Option<String>,
+    /// Name of the label column; found by its usual names if not given
+    #[arg(long, value_name = "NAME")]
+    label_col: Option<String>,
+    /// Recipe to write
+    #[arg(long, value_name = "FILE", default_value = "quetsch.toml")]
+    out: PathBuf,
+    /// Replace what is there
+    #[arg(long)]
+    force: bool,
+}
+
+/// Runs `init`.
+pub fn run(i: &Init, ui: &Ui) -> Result<()> {
+    if i.out.exists() && !i.force {
+        anyhow::bail!("{} exists; pass --force to replace it", i.out.display());
+    }
+    let data = Data { text_col: i.text_col.clone(), label_col: i.label_col.clone(), ..Data::default() };
+    let set = corpus::read(i.train.as_ref(), &data, &[])?;
+    for warning in &set.warnings {
+        ui.warn(format!("{}: {warning}", i.train));
+    }
+    let checkpoint = dir::read_checkpoint(&i.model)?;
+    let tokenizer = Tokenizer::new(&dir::read_tokenizer(&i.model)?)?;
+    let longest = checkpoint.spec.positions;
+    let mut lengths: Vec<usize> =
+        tokenizer.encode_all(&set.texts, longest, ui.threads(None))?.iter().map(|e| e.ids.len()).collect();
+    lengths.sort_unstable();
+    let at = |q: f64| lengths[((q * lengths.len() as f64) as usize).min(lengths.len() - 1)];
+    // Room for all but one text in a hundred, in steps that people write.
+    let max_length = [32, 64, 128, 256, 512].into_iter().find(|n| *n >= at(0.99)).unwrap_or(512).min(longest);
+    let layers = checkpoint.spec.layers.len();
+    let kept: Vec<usize> = (0..layers).skip(1 % layers.max(1)).step_by(2).collect();
+    let counts = set.counts();
+    let (fewest, most) = (counts.iter().min().unwrap_or(&0), counts.iter().max().unwrap_or(&0));
+    let text = |s: &str| toml::Value::String(s.into()).to_string();
+    let line = |key: &str, value: &Option<String>, hint: &str| match value {
+        Some(v) => format!("{key} = {}", text(v)),
+        None => format!("# {key} = {hint}"),
+    };
+    let recipe = format!(
+        include_str!("init.toml.in"),
+        train_file = i.train,
+        rows = set.len(),
+        labels = set.names.len(),
+        fewest = fewest,
+        most = most,
+        p50 = at(0.5),
+        p99 = at(0.99),
+        max = lengths[lengths.len() - 1],
+        model = text(&i.model),
+        train = text(&i.train),
+        test = line("test", &i.test, "\"test.csv\""),
+        text_col = line("text-col", &i.text_col, "\"text\""),
+        label_col = line("label-col", &i.label_col, "\"label\""),
+        max_length = max_length,
+        all_layers = layers,
+        layers = format!("{kept:?}"),
+    );
+    write_file(&i.out, recipe.as_bytes())?;
+    let out = i.out.display();
+    ui.result(
+        format!("{out}: a recipe for {} sentences and {} labels. Run it: quetsch run {out}", set.len(), set.names.len()),
+        &json!({ "recipe": i.out, "sentences": set.len(), "labels": set.names.len(), "max_length": max_length }),
+    )
+}

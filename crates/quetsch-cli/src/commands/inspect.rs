@@ -1,0 +1,169 @@
+//! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept.
+
+use crate::ui::{Ui, mb};
+use anyhow::Result;
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use quetsch::checkpoint::{FloatType, Stored};
+use quetsch::dir;
+use quetsch::quant::{self, Absmax, Scheme};
+use quetsch::spec::{Lin, Role, Tensor};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Flags of `inspect`.
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// Model directory
+    dir: PathBuf,
+}
+
+#[derive(Default, Serialize)]
+struct Part {
+    parameters: usize,
+    bytes: usize,
+}
+
+#[derive(Serialize)]
+struct Layer {
+    heads: Vec<u16>,
+    pruned_heads: Vec<u16>,
+    ffn: usize,
+}
+
+#[derive(Serialize)]
+struct Facts {
+    parameters: usize,
+    bytes: usize,
+    hidden: usize,
+    head_dim: usize,
+    vocab: usize,
+    positions: usize,
+    head: String,
+    labels: Vec<String>,
+    parts: BTreeMap<&'static str, Part>,
+    layers: Vec<Layer>,
+    sites: BTreeMap<String, &'static str>,
+    warnings: Vec<String>,
+}
+
+/// Runs `inspect`.
+pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
+    let ck = dir::read_checkpoint(&i.dir)?;
+    let spec = &ck.spec;
+    let mut parts: BTreeMap<&'static str, Part> = BTreeMap::new();
+    for (def, stored) in ck.tensors() {
+        let part = parts.entry(part_of(def.tensor, def.role)).or_default();
+        part.parameters += stored.len();
+        part.bytes += bytes(stored);
+    }
+    let layers = spec.layers.iter().map(|l| Layer {
+        heads: l.heads.clone(),
+        pruned_heads: (0..spec.original_heads).filter(|h| !l.heads.contains(h)).collect(),
+        ffn: l.ffn,
+    });
+    let sites =
+        spec.linears().into_iter().map(|(l, ..)| (quant::site(spec, l), Scheme::of(ck.get(Tensor::W(l))).name()));
+    let facts = Facts {
+        parameters: ck.parameters(),
+        bytes: parts.values().map(|p| p.bytes).sum(),
+        hidden: spec.hidden,
+        head_dim: spec.head_dim,
+        vocab: spec.vocab,
+        positions: spec.positions,
+        head: match spec.head {
+            quetsch::spec::HeadSpec::None => "none (a bare body)".into(),
+            quetsch::spec::HeadSpec::MeanMlp { labels } => format!("mean pool, 2 linears, {labels} labels"),
+            quetsch::spec::HeadSpec::Pooler { labels } => format!("first token, pooler, {labels} labels"),
+        },
+        labels: ck.labels.clone(),
+        layers: layers.collect(),
+        sites: sites.collect(),
+        warnings: ck.warnings.clone(),
+        parts,
+    };
+    ui.result(human(&facts), &facts)
+}
+
+fn part_of(tensor: Tensor, role: Role) -> &'static str {
+    match (tensor, role) {
+        (_, Role::Embedding) => "embeddings",
+        (_, Role::Norm) => "norms",
+        (Tensor::W(l) | Tensor::B(l), _) => match l {
+            Lin::Query(_) | Lin::Key(_) | Lin::Value(_) | Lin::Out(_) => "attention",
+            Lin::Up(_) | Lin::Down(_) => "feed-forward",
+            Lin::HeadDense | Lin::Classifier => "head",
+            Lin::UnusedPooler => "unused pooler",
+        },
+        _ => "other",
+    }
+}
+
+/// Bytes in the file, scales included.
+fn bytes(stored: &Stored) -> usize {
+    match stored {
+        Stored::Float { dtype: FloatType::F32, data } => 4 * data.len(),
+        Stored::Float { data, .. } => 2 * data.len(),
+        Stored::Int8(q) => q.values.len() + 4 * q.scb.len(),
+        Stored::FourBit(q) => {
+            q.packed.len()
+                + match &q.absmax {
+                    Absmax::Plain(scales) => 4 * scales.len(),
+                    Absmax::Nested { codes, nested_absmax, .. } => codes.len() + 4 * nested_absmax.len(),
+                }
+        }
+    }
+}
+
+fn table(header: &[&str], left: &[usize]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    for (i, column) in table.column_iter_mut().enumerate() {
+        if !left.contains(&i) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}
+
+fn human(f: &Facts) -> String {
+    let mut parts = table(&["part", "parameters", "MB"], &[0]);
+    for (name, p) in &f.parts {
+        parts.add_row([name.to_string(), p.parameters.to_string(), format!("{:.2}", mb(p.bytes as u64))]);
+    }
+    parts.add_row(["all".to_string(), f.parameters.to_string(), format!("{:.2}", mb(f.bytes as u64))]);
+    let mut layers = table(&["layer", "heads", "ffn", "kept heads", "pruned heads"], &[3, 4]);
+    let list = |heads: &[u16]| match heads.is_empty() {
+        true => "-".to_string(),
+        false => heads.iter().map(u16::to_string).collect::<Vec<_>>().join(" "),
+    };
+    for (l, layer) in f.layers.iter().enumerate() {
+        let (heads, ffn) = (layer.heads.len().to_string(), layer.ffn.to_string());
+        layers.add_row([l.to_string(), heads, ffn, list(&layer.heads), list(&layer.pruned_heads)]);
+    }
+    let mut schemes: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (site, scheme) in &f.sites {
+        schemes.entry(scheme).or_default().push(site);
+    }
+    let schemes: Vec<_> = schemes
+        .iter()
+        .map(|(scheme, sites)| match sites.len() {
+            n if n > 4 => format!("  {scheme}: {n} linears"),
+            _ => format!("  {scheme}: {}", sites.join(", ")),
+        })
+        .collect();
+    let mut text = format!(
+        "hidden {}, head width {}, vocabulary {}, up to {} tokens\nhead: {}\n\n{parts}\n\n{layers}\n\nlinears by scheme:\n{}",
+        f.hidden,
+        f.head_dim,
+        f.vocab,
+        f.positions,
+        f.head,
+        schemes.join("\n")
+    );
+    for warning in &f.warnings {
+        text += &format!("\nnote: {warning}");
+    }
+    text
+}

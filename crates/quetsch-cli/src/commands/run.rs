@@ -1,0 +1,195 @@
+//! `quetsch run`: a whole recipe.
+
+use crate::recipe::{self, Kind, Recipe};
+use crate::ui::{self, Ui, mb};
+use crate::work::gate::Gate;
+use crate::work::pipeline::{self, Options};
+use crate::work::provenance::Provenance;
+use anyhow::Result;
+use clap::Args;
+use quetsch::dir;
+use quetsch::quant::Scheme;
+use quetsch::spec::{HeadSpec, ModelSpec, Role};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Flags of `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Recipe file
+    #[arg(value_name = "RECIPE.toml")]
+    recipe: PathBuf,
+    /// Put a value over the recipe's: model=DIR, data.train=FILE, student.alpha=0.4
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Stop after this stage
+    #[arg(long, value_name = "STAGE")]
+    until: Option<String>,
+    /// Go on with an interrupted training; stages that are done are skipped in any case
+    #[arg(long)]
+    resume: bool,
+    /// Make stages again whose output was made from something else
+    #[arg(long)]
+    force: bool,
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// End with exit code 3 unless this holds for every model after the first: accuracy>=-0.5pt, flips<=1%
+    #[arg(long, value_name = "CONDITION")]
+    gate: Vec<Gate>,
+}
+
+/// Runs `run`.
+pub fn run(r: &Run, ui: &Ui) -> Result<()> {
+    let environment: BTreeMap<_, _> = std::env::vars().filter(|(k, _)| k.starts_with("QUETSCH_")).collect();
+    let recipe = recipe::read(&r.recipe, &environment, &r.set)?;
+    let options = Options { until: r.until.clone(), resume: r.resume, force: r.force, gates: r.gate.clone() };
+    if r.dry_run {
+        let steps = plan(&recipe, &options, ui)?;
+        return ui.result(human(&recipe, &steps).trim_end(), &steps);
+    }
+    ui::catch_interrupts()?;
+    let finished = pipeline::run(&recipe, &options, ui)?;
+    match ui.human() {
+        true => Ok(()),
+        false => ui.result("", &finished.report),
+    }
+}
+
+/// One stage of a plan.
+#[derive(Serialize)]
+struct Step {
+    id: String,
+    stage: &'static str,
+    inputs: BTreeMap<&'static str, PathBuf>,
+    out: PathBuf,
+    /// Whether its output is there already.
+    done: bool,
+    /// Expected, if the model is there to count from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parameters: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes: Option<u64>,
+    settings: serde_json::Value,
+}
+
+fn plan(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Vec<Step>> {
+    let mut specs: BTreeMap<PathBuf, ModelSpec> = BTreeMap::new();
+    let mut steps = vec![];
+    for stage in recipe.until(options.until.as_deref())? {
+        let job = recipe.job(stage, ui.threads(recipe.threads), options);
+        let done = job.provenance().ok().zip(Provenance::read(&job.out)).is_some_and(|(a, b)| a.key == b.key);
+        let mut spec_of = |dir: &Path| -> Option<ModelSpec> {
+            if let Some(spec) = specs.get(dir) {
+                return Some(spec.clone());
+            }
+            let spec = dir::read_checkpoint(dir).ok()?.spec;
+            specs.insert(dir.to_path_buf(), spec.clone());
+            Some(spec)
+        };
+        let start = job.inputs.get("model").or(job.inputs.get("teacher")).and_then(|d| spec_of(d));
+        let spec = start.filter(|_| stage.kind.makes_model()).map(|s| expected(&stage.kind, s, recipe));
+        let (parameters, bytes) = match &spec {
+            Some(spec) => (Some(parameters(spec)), Some(expected_bytes(&stage.kind, spec))),
+            None => (None, None),
+        };
+        if let Some(spec) = spec {
+            specs.insert(job.out.clone(), spec);
+        }
+        let settings = serde_json::to_value(&stage.kind)?[stage.kind.name()].take();
+        steps.push(Step {
+            id: stage.id.clone(),
+            stage: stage.kind.name(),
+            inputs: job.inputs.clone(),
+            out: job.out.clone(),
+            done,
+            parameters,
+            bytes,
+            settings,
+        });
+    }
+    Ok(steps)
+}
+
+fn parameters(spec: &ModelSpec) -> usize {
+    spec.tensors().iter().map(|d| d.len()).sum()
+}
+
+/// The shape that a stage will make; which heads go does not change the numbers.
+fn expected(kind: &Kind, mut spec: ModelSpec, recipe: &Recipe) -> ModelSpec {
+    match kind {
+        Kind::Train(_) if spec.head == HeadSpec::None => {
+            let path = recipe.data.train.as_ref();
+            let set = path.and_then(|p| crate::work::corpus::read(p.as_ref(), &recipe.data, &[]).ok());
+            spec.head = HeadSpec::MeanMlp { labels: set.map_or(2, |s| s.names.len()) };
+        }
+        Kind::Distill(s) if s.model.is_none() && !s.layers.is_empty() => {
+            spec.layers = s.layers.iter().filter_map(|l| spec.layers.get(*l).cloned()).collect();
+        }
+        Kind::Prune(s) => {
+            let keep = spec.layers.len().saturating_sub(s.layers.of(spec.layers.len()));
+            spec.layers.truncate(keep);
+            let mut left = s.heads.of(spec.layers.iter().map(|l| l.heads.len()).sum());
+            while left > 0 {
+                let Some(most) = spec.layers.iter_mut().max_by_key(|l| l.heads.len()) else { break };
+                if most.heads.pop().is_none() {
+                    break;
+                }
+                left -= 1;
+            }
+            for layer in &mut spec.layers {
+                layer.ffn -= s.ffn.of(layer.ffn).min(layer.ffn);
+            }
+        }
+        _ => {}
+    }
+    spec
+}
+
+fn expected_bytes(kind: &Kind, spec: &ModelSpec) -> u64 {
+    let scheme = match kind {
+        Kind::Quantize(s) => s.quant.parse().unwrap_or(Scheme::F32),
+        _ => Scheme::F32,
+    };
+    let float = match scheme.float() {
+        Some(quetsch::checkpoint::FloatType::F16 | quetsch::checkpoint::FloatType::Bf16) => 16,
+        _ => 32,
+    };
+    let linear = match scheme {
+        Scheme::Int8 | Scheme::BnbInt8 { .. } => 8,
+        Scheme::Nf4 { .. } | Scheme::Fp4 { .. } => 4,
+        _ => float,
+    };
+    let bits = |role| if role == Role::Weight { linear } else { float };
+    spec.tensors().iter().map(|d| (d.len() * bits(d.role)) as u64 / 8).sum()
+}
+
+fn human(recipe: &Recipe, steps: &[Step]) -> String {
+    let none = || "(not given)".to_string();
+    let d = &recipe.data;
+    let mut text = format!(
+        "train {}\ntest  {}\nvalidation share {}\n\n",
+        d.train.clone().unwrap_or_else(none),
+        d.test.clone().unwrap_or_else(none),
+        d.validation
+    );
+    for step in steps {
+        let state = if step.done { "done, will be skipped" } else { "will run" };
+        text += &format!("{} ({}): {state}\n", step.id, step.stage);
+        for (role, path) in &step.inputs {
+            let there = if path.exists() || path.starts_with(&recipe.out) { "" } else { "  MISSING" };
+            text += &format!("  {role} <- {}{there}\n", path.display());
+        }
+        text += &format!("  out   -> {}\n", step.out.display());
+        if let (Some(n), Some(bytes)) = (step.parameters, step.bytes) {
+            text += &format!("  about {:.2} M parameters, {:.1} MB\n", n as f64 / 1e6, mb(bytes));
+        }
+        if let serde_json::Value::Object(settings) = &step.settings {
+            let shown = settings.iter().filter(|(k, _)| *k != "model" && *k != "teacher");
+            let all: Vec<_> = shown.map(|(k, v)| format!("{k} {v}")).collect();
+            text += &format!("  {}\n", all.join(", "));
+        }
+    }
+    text
+}

@@ -1,0 +1,578 @@
+//! The settings of every stage, once: each struct is both a recipe section (serde) and a group of flags (clap), so
+//! `quetsch distill --alpha 0.3` and `[stage.distill] alpha = 0.3` are the same thing with the same default and the
+//! same check. Key `max-length` is flag `--max-length`.
+
+use crate::values::{Amount, SiteRule};
+use clap::{Args, ValueEnum};
+use quetsch::quant::Scheme;
+use serde::{Deserialize, Serialize};
+
+/// How serious a finding about a setting is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// Cannot work.
+    Error,
+    /// Works, but outside the range that is known to work well.
+    Warning,
+}
+
+/// Something to say about the value of one key.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finding {
+    /// The key, as in the recipe.
+    pub key: &'static str,
+    /// What is wrong with its value.
+    pub message: String,
+    /// Whether it stops the run.
+    pub level: Level,
+}
+
+/// Collects findings.
+#[derive(Default)]
+struct Check(Vec<Finding>);
+
+impl Check {
+    fn error(&mut self, ok: bool, key: &'static str, message: impl FnOnce() -> String) {
+        if !ok {
+            self.0.push(Finding { key, message: message(), level: Level::Error });
+        }
+    }
+
+    fn warn(&mut self, ok: bool, key: &'static str, message: impl FnOnce() -> String) {
+        if !ok {
+            self.0.push(Finding { key, message: message(), level: Level::Warning });
+        }
+    }
+
+    /// NaN is in no range.
+    fn range(&mut self, key: &'static str, value: f64, low: f64, high: f64) {
+        self.error((low..=high).contains(&value), key, || format!("is {value}, must lie in [{low}, {high}]"));
+    }
+}
+
+/// What can be a recipe section.
+pub trait Settings: Args + Serialize + for<'de> Deserialize<'de> + Default {
+    /// Everything there is to say about the values.
+    fn check(&self) -> Vec<Finding> {
+        vec![]
+    }
+
+    /// The recipe keys of this section: the long names of its flags.
+    fn keys() -> Vec<String> {
+        let command = Self::augment_args(clap::Command::new(""));
+        command.get_arguments().filter_map(|a| a.get_long().map(str::to_string)).collect()
+    }
+}
+
+/// Where texts and labels come from: `[data]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Data {
+    /// Training data: .csv, .tsv or .jsonl with a text and a label column
+    #[arg(long, value_name = "FILE")]
+    pub train: Option<String>,
+    /// Test data, only ever measured on
+    #[arg(long, value_name = "FILE")]
+    pub test: Option<String>,
+    /// Share of the training data set aside for choosing settings; 0 trains on everything
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub validation: f64,
+    /// Name of the text column; found by its usual names if not given
+    #[arg(long, value_name = "NAME")]
+    pub text_col: Option<String>,
+    /// Name of the label column; found by its usual names if not given
+    #[arg(long, value_name = "NAME")]
+    pub label_col: Option<String>,
+}
+
+impl Settings for Data {
+    fn check(&self) -> Vec<Finding> {
+        let mut c = Check::default();
+        c.error((0.0..=0.5).contains(&self.validation), "validation", || {
+            format!("is {}, must lie in [0, 0.5]", self.validation)
+        });
+        c.0
+    }
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// To zero in a straight line over the remaining steps.
+    #[default]
+    Linear,
+    /// To zero along half a cosine.
+    Cosine,
+    /// Not at all.
+    Constant,
+}
+
+/// Which epoch's weights are the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeepEpoch {
+    /// The last one's.
+    #[default]
+    Last,
+    /// Those with the highest validation accuracy, the earliest of equals.
+    Best,
+}
+
+/// The settings of the one training loop.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Training {
+    /// Passes over the training data
+    #[arg(long, default_value_t = Training::default().epochs)]
+    pub epochs: usize,
+    /// Sentences per forward and backward
+    #[arg(long, default_value_t = Training::default().batch_size)]
+    pub batch_size: usize,
+    /// Batches whose gradients are summed for one step
+    #[arg(long, default_value_t = Training::default().accumulate)]
+    pub accumulate: usize,
+    /// Highest learning rate of the body
+    #[arg(long, default_value_t = Training::default().learning_rate)]
+    pub learning_rate: f32,
+    /// Highest learning rate of the head [default: 3 times the body's]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_learning_rate: Option<f32>,
+    /// Decoupled weight decay; never on biases and LayerNorm
+    #[arg(long, default_value_t = Training::default().weight_decay)]
+    pub weight_decay: f32,
+    /// Share of all steps during which the learning rate rises
+    #[arg(long, default_value_t = Training::default().warmup)]
+    pub warmup: f32,
+    /// How the learning rate falls afterwards
+    #[arg(long, value_enum, default_value_t = Training::default().schedule)]
+    pub schedule: Schedule,
+    /// Largest norm of all gradients together; 0 turns clipping off
+    #[arg(long, default_value_t = Training::default().clip)]
+    pub clip: f32,
+    /// Dropout in the body: hidden states and attention probabilities
+    #[arg(long, default_value_t = Training::default().dropout)]
+    pub dropout: f32,
+    /// Dropout in the classification head
+    #[arg(long, default_value_t = Training::default().head_dropout)]
+    pub head_dropout: f32,
+    /// Leave tensors unchanged whose name contains one of these, such as word_embeddings
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    pub freeze: Vec<String>,
+    /// Longest text in tokens; longer ones are cut
+    #[arg(long, default_value_t = Training::default().max_length)]
+    pub max_length: usize,
+    /// Which epoch's weights are kept
+    #[arg(long, value_enum, default_value_t = Training::default().keep)]
+    pub keep: KeepEpoch,
+    /// Save the training state every so many steps, besides after every epoch; 0 saves after epochs only
+    #[arg(long, default_value_t = Training::default().save_every)]
+    pub save_every: usize,
+    /// Seed of order, dropout and new weights [default: 42]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Training {
+            epochs: 3,
+            batch_size: 32,
+            accumulate: 1,
+            learning_rate: 1e-4,
+            head_learning_rate: None,
+            weight_decay: 0.01,
+            warmup: 0.1,
+            schedule: Schedule::Linear,
+            clip: 1.0,
+            dropout: 0.1,
+            head_dropout: 0.2,
+            freeze: vec![],
+            max_length: 256,
+            keep: KeepEpoch::Last,
+            save_every: 200,
+            seed: None,
+        }
+    }
+}
+
+impl Training {
+    fn check_into(&self, c: &mut Check) {
+        let finite = |x: f32| x.is_finite() && x >= 0.0;
+        c.error(self.batch_size > 0, "batch-size", || "is 0, must be at least 1".into());
+        c.error(self.accumulate > 0, "accumulate", || "is 0, must be at least 1".into());
+        c.error(self.max_length >= 3, "max-length", || format!("is {}, must be at least 3", self.max_length));
+        c.error(self.learning_rate.is_finite() && self.learning_rate > 0.0, "learning-rate", || {
+            format!("is {}, must be above 0", self.learning_rate)
+        });
+        c.warn(self.learning_rate <= 1e-2, "learning-rate", || {
+            format!("is {}; encoders seldom survive more than 0.001", self.learning_rate)
+        });
+        if let Some(r) = self.head_learning_rate {
+            c.error(r.is_finite() && r > 0.0, "head-learning-rate", || format!("is {r}, must be above 0"));
+        }
+        c.error(finite(self.weight_decay), "weight-decay", || {
+            format!("is {}, must be 0 or more", self.weight_decay)
+        });
+        c.error(finite(self.clip), "clip", || format!("is {}, must be 0 or more", self.clip));
+        c.range("warmup", self.warmup.into(), 0.0, 1.0);
+        for (key, p) in [("dropout", self.dropout), ("head-dropout", self.head_dropout)] {
+            c.error((0.0..1.0).contains(&p), key, || format!("is {p}, must lie in [0, 1)"));
+        }
+    }
+
+    /// The learning rate of the head.
+    pub fn head_learning_rate(&self) -> f32 {
+        self.head_learning_rate.unwrap_or(3.0 * self.learning_rate)
+    }
+}
+
+/// Knowledge distillation from logits: alpha * CE + (1 - alpha) * T^2 * KL(student/T || teacher/T) (Hinton et al.
+/// 2015).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Kd {
+    /// Weight of the true labels' cross-entropy; the teacher's part has the rest
+    #[arg(long, default_value_t = Kd::default().alpha)]
+    pub alpha: f32,
+    /// Temperature that softens both distributions
+    #[arg(long, default_value_t = Kd::default().temperature)]
+    pub temperature: f32,
+}
+
+impl Default for Kd {
+    fn default() -> Self {
+        Kd { alpha: 0.3, temperature: 3.0 }
+    }
+}
+
+impl Kd {
+    fn check_into(&self, c: &mut Check) {
+        let (a, t) = (self.alpha, self.temperature);
+        c.range("alpha", a.into(), 0.0, 1.0);
+        c.warn(!(0.0..=1.0).contains(&a) || (0.2..=0.5).contains(&a), "alpha", || {
+            format!("is {a}; values from 0.2 to 0.5 usually work best")
+        });
+        c.error(t.is_finite() && t > 0.0, "temperature", || format!("is {t}, must be above 0"));
+        c.warn(!(t.is_finite() && t > 0.0) || (2.0..=4.0).contains(&t), "temperature", || {
+            format!("is {t}; values from 2 to 4 usually work best")
+        });
+    }
+}
+
+/// The classification head put on a body that has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Head {
+    /// Mean of all tokens, then two linear layers (`StudentHFModel`).
+    #[default]
+    Mean,
+    /// First token, pooler and classifier (stock BERT).
+    Pooler,
+}
+
+/// `[stage.train]`: fine-tune an encoder on labels.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Train {
+    /// Model directory to start from; a recipe may name an earlier stage
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Head to add when the model has none
+    #[arg(long, value_enum, default_value_t = Head::Mean)]
+    pub head: Head,
+    /// Share of the target probability spread over all labels
+    #[arg(long, default_value_t = 0.0)]
+    pub label_smoothing: f32,
+    /// The training loop.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub training: Training,
+}
+
+impl Settings for Train {
+    fn check(&self) -> Vec<Finding> {
+        let mut c = Check::default();
+        let s = self.label_smoothing;
+        c.error((0.0..1.0).contains(&s), "label-smoothing", || format!("is {s}, must lie in [0, 1)"));
+        c.error(self.training.epochs > 0, "epochs", || "is 0, must be at least 1".into());
+        self.training.check_into(&mut c);
+        c.0
+    }
+}
+
+/// `[stage.distill]`: a student made of the teacher's own layers learns from the teacher's logits.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Distill {
+    /// Teacher's directory; a recipe may name an earlier stage
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
+    /// Student to start from, if not layers of the teacher; a recipe may name an earlier stage
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Teacher layers that the student starts from, counted from 0; none given keeps all
+    #[arg(long, value_delimiter = ',', value_name = "LAYER")]
+    pub layers: Vec<usize>,
+    /// The loss.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub kd: Kd,
+    /// The training loop.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub training: Training,
+}
+
+impl Settings for Distill {
+    fn check(&self) -> Vec<Finding> {
+        let mut c = Check::default();
+        c.error(self.layers.windows(2).all(|w| w[0] < w[1]), "layers", || {
+            format!("is {:?}, must rise from each layer to the next", self.layers)
+        });
+        self.kd.check_into(&mut c);
+        self.training.check_into(&mut c);
+        c.0
+    }
+}
+
+/// What says how much a head, channel or layer matters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Score {
+    /// Sum of |loss gradient of its mask| over training batches (Michel et al. 2019).
+    #[default]
+    Gradient,
+    /// Sum of absolute weights.
+    L1,
+    /// Root of the sum of squared weights.
+    L2,
+}
+
+/// `[stage.prune]`: cut heads, feed-forward channels or layers, then recover with the teacher's help.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Prune {
+    /// Model to prune; a recipe may name an earlier stage
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Teacher for the recovery, default: the model before it was pruned; a recipe may name an earlier stage
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
+    /// Attention heads to cut: a share (0.3), a number (12) or a list of layer:head (0:1,0:7,2:3)
+    #[arg(long, default_value_t = Amount::default())]
+    pub heads: Amount,
+    /// Feed-forward channels to cut in every layer: a share (0.25) or a number (256)
+    #[arg(long, default_value_t = Amount::default())]
+    pub ffn: Amount,
+    /// Layers to cut: a number (1), a share (0.5) or a list of layers (3,5)
+    #[arg(long, default_value_t = Amount::default())]
+    pub layers: Amount,
+    /// What says how much a head or a channel matters
+    #[arg(long, value_enum, default_value_t = Score::Gradient)]
+    pub score: Score,
+    /// Training batches that the gradient score looks at
+    #[arg(long, default_value_t = Prune::default().score_batches)]
+    pub score_batches: usize,
+    /// Largest share of its heads that one layer may lose
+    #[arg(long, default_value_t = Prune::default().max_per_layer)]
+    pub max_per_layer: f64,
+    /// The recovery's loss.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub kd: Kd,
+    /// The recovery's training loop; `epochs = 0` is no recovery.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub training: Training,
+}
+
+impl Default for Prune {
+    fn default() -> Self {
+        Prune {
+            model: None,
+            teacher: None,
+            heads: Amount::default(),
+            ffn: Amount::default(),
+            layers: Amount::default(),
+            score: Score::Gradient,
+            score_batches: 40,
+            max_per_layer: 0.5,
+            kd: Kd::default(),
+            training: Training::default(),
+        }
+    }
+}
+
+impl Settings for Prune {
+    fn check(&self) -> Vec<Finding> {
+        let mut c = Check::default();
+        let amounts = [("heads", &self.heads), ("ffn", &self.ffn), ("layers", &self.layers)];
+        for (key, amount) in amounts {
+            if let Amount::Share(share) = amount {
+                c.range(key, *share, 0.0, 1.0);
+            }
+        }
+        c.error(amounts.iter().any(|(_, a)| !a.is_none()), "heads", || {
+            "nothing to prune: say how many `heads`, `ffn` channels or `layers` to cut".into()
+        });
+        c.error(!matches!(self.ffn, Amount::List(_)), "ffn", || {
+            "is a list, must be a share (0.25) or a number (256)".into()
+        });
+        c.range("max-per-layer", self.max_per_layer, 0.0, 1.0);
+        c.error(self.score_batches > 0, "score-batches", || "is 0, must be at least 1".into());
+        self.kd.check_into(&mut c);
+        self.training.check_into(&mut c);
+        c.0
+    }
+}
+
+/// What 4-bit linears multiply in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ComputeType {
+    /// bfloat16 inputs and weights, f32 sums: as bitsandbytes with `bnb_4bit_compute_dtype=bfloat16`.
+    #[default]
+    Bf16,
+    /// f32 throughout.
+    F32,
+}
+
+/// `[stage.quantize]`: store linears in fewer bits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Quantize {
+    /// Model to quantise; a recipe may name an earlier stage
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Scheme: f32, f16, bf16, int8, bnb-int8, nf4 or fp4
+    #[arg(long, value_name = "SCHEME", default_value_t = Quantize::default().quant)]
+    pub quant: String,
+    /// Sites left in float, besides the last linear of the model; `none` quantises that one too
+    #[arg(long, value_delimiter = ',', value_name = "SITE")]
+    pub keep: Vec<String>,
+    /// Another scheme for some sites, later rules win: SITE=SCHEME
+    #[arg(long, value_delimiter = ',', value_name = "SITE=SCHEME")]
+    pub site: Vec<SiteRule>,
+    /// 4-bit: store block scales as f32 instead of quantising them too
+    #[arg(long)]
+    pub no_double_quant: bool,
+    /// 4-bit: what to multiply in
+    #[arg(long, value_enum, default_value_t = ComputeType::Bf16)]
+    pub compute: ComputeType,
+}
+
+impl Default for Quantize {
+    fn default() -> Self {
+        Quantize {
+            model: None,
+            quant: "int8".into(),
+            keep: vec![],
+            site: vec![],
+            no_double_quant: false,
+            compute: ComputeType::Bf16,
+        }
+    }
+}
+
+impl Settings for Quantize {
+    fn check(&self) -> Vec<Finding> {
+        let mut c = Check::default();
+        let mut scheme = |key, name: &str| {
+            if let Err(e) = name.parse::<Scheme>() {
+                c.error(false, key, || format!("is {name}: {e}"));
+            }
+        };
+        scheme("quant", &self.quant);
+        self.site.iter().for_each(|rule| scheme("site", &rule.scheme));
+        c.0
+    }
+}
+
+/// `[stage.eval]`: measure one model on the test data.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Eval {
+    /// Model directory; a recipe may name an earlier stage
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+}
+
+impl Settings for Eval {}
+
+/// `[stage.compare]`: all variants side by side.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Compare {
+    /// In a recipe: the stages to compare [default: all before this one]
+    #[arg(long, hide = true, value_delimiter = ',')]
+    pub models: Vec<String>,
+    /// Leave out the TF-IDF baseline
+    #[arg(long)]
+    pub no_baseline: bool,
+    /// Leave out latency, throughput and memory
+    #[arg(long)]
+    pub no_speed: bool,
+}
+
+impl Settings for Compare {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_clean_and_ranges_are_checked() {
+        let errors = |f: Vec<Finding>| f.iter().filter(|f| f.level == Level::Error).count();
+        let distill = |alpha, temperature| Distill { kd: Kd { alpha, temperature }, ..Default::default() };
+        let rows = [
+            (distill(0.3, 3.0), 0, 0),
+            (distill(0.2, 2.0), 0, 0),
+            (distill(0.5, 4.0), 0, 0),
+            (distill(0.1, 3.0), 0, 1),
+            (distill(0.9, 8.0), 0, 2),
+            (distill(1.5, 3.0), 1, 0),
+            (distill(-0.1, 0.0), 2, 0),
+            (distill(f32::NAN, f32::NAN), 2, 0),
+        ];
+        for (settings, e, w) in rows {
+            let found = settings.check();
+            assert_eq!((errors(found.clone()), found.len() - errors(found.clone())), (e, w), "{found:?}");
+        }
+        assert_eq!(errors(Prune::default().check()), 1, "pruning nothing is an error");
+        assert_eq!(Train::default().check(), vec![]);
+    }
+
+    #[test]
+    fn flags_and_keys_have_the_same_defaults() {
+        fn same<T: Settings + PartialEq + std::fmt::Debug + clap::FromArgMatches>() {
+            let command = T::augment_args(clap::Command::new("x").no_binary_name(true));
+            let flags =
+                T::from_arg_matches(&command.get_matches_from(Vec::<String>::new())).expect("defaults parse");
+            assert_eq!(flags, T::default());
+            let keys: T = toml::from_str("").expect("all keys are optional");
+            assert_eq!(keys, T::default());
+            let written = toml::to_string(&T::default()).expect("settings are TOML");
+            for key in toml::from_str::<toml::Table>(&written).expect("own TOML").keys() {
+                assert!(T::keys().contains(key), "{key} is a key without a flag");
+            }
+            assert_eq!(toml::from_str::<T>(&written).expect("round trip"), T::default());
+        }
+        same::<Data>();
+        same::<Train>();
+        same::<Distill>();
+        same::<Prune>();
+        same::<Quantize>();
+        same::<Eval>();
+        same::<Compare>();
+    }
+}

@@ -1,0 +1,147 @@
+//! The data of a run: read, checked, split and named by the hash of its bytes.
+
+use crate::settings::Data;
+use crate::ui::Ui;
+use anyhow::{Context, Result, anyhow};
+use quetsch::data::{self, Dataset, Overlap, ReadOptions};
+use serde::Serialize;
+use std::path::Path;
+
+/// Training data, without its validation part.
+pub struct Training {
+    /// What is trained on.
+    pub train: Dataset,
+    /// What settings are chosen on; may be empty.
+    pub validation: Dataset,
+    /// blake3 of the file, and of the split.
+    pub hash: String,
+}
+
+/// Test data.
+pub struct Test {
+    /// What is measured on.
+    pub set: Dataset,
+    /// blake3 of the file.
+    pub hash: String,
+}
+
+/// The data's part of a report.
+#[derive(Clone, Debug, Serialize)]
+pub struct Facts {
+    /// Sentences trained on.
+    pub train: usize,
+    /// Sentences that settings were chosen on; 0 means that the model was trained on all training data.
+    pub validation: usize,
+    /// Sentences measured on.
+    pub test: usize,
+    /// Number of labels.
+    pub labels: usize,
+    /// Duplicates and leaks.
+    #[serde(flatten)]
+    pub overlap: Overlap,
+}
+
+fn options(data: &Data, names: &[String]) -> ReadOptions {
+    ReadOptions {
+        text_col: data.text_col.clone(),
+        label_col: data.label_col.clone(),
+        names: (!names.is_empty()).then(|| names.to_vec()),
+    }
+}
+
+/// Reads labelled data; `names` is the label order of a model, empty for the data's own.
+pub fn read(path: &Path, data: &Data, names: &[String]) -> Result<Dataset> {
+    let set = data::read(path, &options(data, names))?;
+    if set.is_empty() {
+        return Err(anyhow!("{}: no row in it; expected a text and a label a row", path.display()));
+    }
+    Ok(set)
+}
+
+/// Reads and splits the training data.
+pub fn training(data: &Data, names: &[String], seed: u64, ui: &Ui) -> Result<Training> {
+    let path = data.train.as_ref().ok_or_else(|| crate::exit::usage("no training data: give --train FILE"))?;
+    let set = read(path.as_ref(), data, names)?;
+    for warning in &set.warnings {
+        ui.warn(format!("{path}: {warning}"));
+    }
+    let bytes = hash_file(path.as_ref())?;
+    let columns = format!("{:?} {:?}", data.text_col, data.label_col);
+    let hash = hash_of(&[&bytes, &data.validation.to_string(), &seed.to_string(), &columns]);
+    let (train, validation) = data::split(&set, data.validation, seed);
+    Ok(Training { train, validation, hash })
+}
+
+/// Reads the test data, if there is any.
+pub fn test(data: &Data, names: &[String], ui: &Ui) -> Result<Option<Test>> {
+    let Some(path) = &data.test else { return Ok(None) };
+    let set = read(path.as_ref(), data, names)?;
+    for warning in &set.warnings {
+        ui.warn(format!("{path}: {warning}"));
+    }
+    Ok(Some(Test { set, hash: hash_file(path.as_ref())? }))
+}
+
+/// The report's part on the data.
+pub fn facts(training: &Training, test: Option<&Test>) -> Facts {
+    let empty = Dataset { texts: vec![], labels: vec![], names: training.train.names.clone(), warnings: vec![] };
+    let mut all = training.train.clone();
+    all.texts.extend_from_slice(&training.validation.texts);
+    all.labels.extend_from_slice(&training.validation.labels);
+    let measured = test.map_or(&empty, |t| &t.set);
+    Facts {
+        train: training.train.len(),
+        validation: training.validation.len(),
+        test: measured.len(),
+        labels: all.names.len(),
+        overlap: data::overlap(&all, measured),
+    }
+}
+
+/// blake3 of a file's bytes.
+pub fn hash_file(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(blake3::hash(&bytes).to_hex().to_string())
+}
+
+/// blake3 of several texts, their borders included.
+pub fn hash_of(parts: &[&str]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// blake3 of a model directory: its config, weights and tokenizer, not its reports.
+pub fn hash_model(dir: &Path) -> Result<String> {
+    let mut names: Vec<String> = vec![];
+    for entry in std::fs::read_dir(dir).with_context(|| format!("cannot read the model {}", dir.display()))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let counts = name.ends_with(".safetensors")
+            || name == "config.json"
+            || quetsch::dir::TOKENIZER_FILES.contains(&name.as_str());
+        if counts {
+            names.push(name);
+        }
+    }
+    names.sort();
+    let mut parts = vec![];
+    for name in names {
+        parts.push(hash_file(&dir.join(&name))?);
+        parts.push(name);
+    }
+    Ok(hash_of(&parts.iter().map(String::as_str).collect::<Vec<_>>()))
+}
+
+/// Bytes of a model directory's weights and of its other model files.
+pub fn disk_bytes(dir: &Path) -> u64 {
+    let weights = |name: &str| name.ends_with(".safetensors");
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter(|e| weights(&e.file_name().to_string_lossy()))
+        .filter_map(|e| e.metadata().ok())
+        .map(|m| m.len())
+        .sum()
+}

@@ -1,0 +1,309 @@
+//! Training as the program does it: the library's one loop with a bar, `metrics.jsonl`, validation after every epoch,
+//! a state to resume from, and a good end on Ctrl-C.
+
+use super::corpus::Training as Corpus;
+use crate::exit::interrupted;
+use crate::settings::{KeepEpoch, Schedule, Training};
+use crate::ui::{self, Ui, duration, percent};
+use anyhow::{Context, Result, anyhow};
+use quetsch::batch::Encoding;
+use quetsch::checkpoint::Checkpoint;
+use quetsch::dir::{self, ModelDir};
+use quetsch::metrics::argmax;
+use quetsch::runtime::Model;
+use quetsch::tokenizer::{Tokenizer, TokenizerFiles};
+use quetsch_train::fit::Progress;
+use quetsch_train::{Dropout, Event, FitError, FitSettings, Objective, State, TrainSet, fit};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// The training sentences as the model reads them.
+pub struct Encoded {
+    /// What is trained on.
+    pub train: Vec<Encoding>,
+    /// What settings are chosen on.
+    pub validation: Vec<Encoding>,
+}
+
+/// Tokenises the training data.
+pub fn encode(corpus: &Corpus, tokenizer: &TokenizerFiles, max_length: usize, threads: usize) -> Result<Encoded> {
+    let tokenizer = Tokenizer::new(tokenizer)?;
+    Ok(Encoded {
+        train: tokenizer.encode_all(&corpus.train.texts, max_length, threads)?,
+        validation: tokenizer.encode_all(&corpus.validation.texts, max_length, threads)?,
+    })
+}
+
+/// One epoch of a report.
+#[derive(Clone, Debug, Serialize)]
+pub struct Epoch {
+    epoch: usize,
+    loss: f64,
+    ce: f64,
+    kl: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    validation_accuracy: Option<f64>,
+}
+
+/// What training made.
+pub struct Trained {
+    /// The weights that were kept.
+    pub checkpoint: Checkpoint,
+    /// Mean losses and validation accuracy by epoch; a resumed run lists the epochs since.
+    pub epochs: Vec<Epoch>,
+    /// Optimiser steps.
+    pub steps: usize,
+    /// The epoch whose weights were kept.
+    pub kept_epoch: usize,
+    /// `metrics.jsonl`.
+    pub metrics: Vec<u8>,
+}
+
+/// Everything that one training needs.
+pub struct Fit<'a> {
+    /// Name for the bar.
+    pub name: &'a str,
+    /// Where it starts.
+    pub start: &'a Checkpoint,
+    /// Goes into the kept epochs' folders.
+    pub tokenizer: &'a TokenizerFiles,
+    /// Labels.
+    pub corpus: &'a Corpus,
+    /// Tokens.
+    pub encoded: &'a Encoded,
+    /// What is minimised.
+    pub objective: Objective<'a>,
+    /// How.
+    pub settings: &'a Training,
+    /// Threads.
+    pub threads: usize,
+    /// Folder for the state, the best epoch and `metrics.jsonl`.
+    pub state: &'a Path,
+    /// Hash of inputs and settings.
+    pub key: &'a str,
+    /// Go on from the state.
+    pub resume: bool,
+}
+
+/// The best epoch so far, beside its weights.
+#[derive(Serialize, Deserialize)]
+struct Best {
+    epoch: usize,
+    accuracy: f64,
+}
+
+impl Fit<'_> {
+    /// Trains.
+    pub fn run(&self, ui: &Ui) -> Result<Trained> {
+        let s = self.settings;
+        fs::create_dir_all(self.state).with_context(|| format!("cannot make {}", self.state.display()))?;
+        let (best_dir, state_dir) = (self.state.join("best"), self.state.join("state"));
+        let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), self.resume)?;
+        let set = TrainSet { encodings: &self.encoded.train, labels: &self.corpus.train.labels };
+        let state =
+            State { dir: &state_dir, every_steps: s.save_every, resume: self.resume, key: self.key.to_string() };
+        let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
+        let mut bar: Option<ui::Bar> = None;
+        let started = Instant::now();
+        let mut on = |event: Event| -> ControlFlow<()> {
+            let handled = match event {
+                Event::Resumed { step } => {
+                    ui.note(format!("{}: going on after step {step}", self.name));
+                    metrics.cut_after(step)
+                }
+                Event::Step(p) => {
+                    let bar = bar.get_or_insert_with(|| ui.bar(p.steps as u64, self.name));
+                    bar.at(p.step as u64, || describe(&p));
+                    metrics.write(&p)
+                }
+                Event::Epoch { epoch, epochs: total, checkpoint, mean } => self
+                    .validate(checkpoint, epoch, &best_dir)
+                    .map(|accuracy| {
+                        let validation = accuracy.map(|a| format!(", validation {}", percent(a)));
+                        let line = format!(
+                            "{}: epoch {epoch}/{total}  loss {:.4}{}  {}",
+                            self.name,
+                            mean.total,
+                            validation.unwrap_or_default(),
+                            duration(started.elapsed().as_secs_f64())
+                        );
+                        match &mut bar {
+                            Some(bar) => bar.line(line),
+                            None => ui.note(line),
+                        }
+                        epochs.push(Epoch {
+                            epoch,
+                            loss: mean.total,
+                            ce: mean.ce,
+                            kl: mean.kl,
+                            validation_accuracy: accuracy,
+                        });
+                    }),
+            };
+            match handled {
+                Err(e) => {
+                    trouble = Some(e);
+                    ControlFlow::Break(())
+                }
+                Ok(()) if ui::is_interrupted() => ControlFlow::Break(()),
+                Ok(()) => ControlFlow::Continue(()),
+            }
+        };
+        let fitted = fit(self.start, &set, &self.objective, &self.fit_settings(), Some(&state), &mut on);
+        drop(bar);
+        if let Some(e) = trouble {
+            return Err(e);
+        }
+        let fitted = fitted.map_err(|e| self.explain(e))?;
+        let last = self.settings.epochs;
+        let (checkpoint, kept_epoch) = match (s.keep, read_best(&best_dir)) {
+            (KeepEpoch::Best, Some(best)) if best.epoch != last => {
+                let mut kept = dir::read_checkpoint(&best_dir)?;
+                kept.config.clone_from(&self.start.config);
+                (kept, best.epoch)
+            }
+            _ => (fitted.checkpoint, last),
+        };
+        let metrics = metrics.read()?;
+        Ok(Trained { checkpoint, epochs, steps: fitted.steps, kept_epoch, metrics })
+    }
+
+    fn fit_settings(&self) -> FitSettings {
+        let s = self.settings;
+        FitSettings {
+            epochs: s.epochs,
+            batch_size: s.batch_size,
+            accumulate: s.accumulate,
+            learning_rate: s.learning_rate,
+            head_learning_rate: s.head_learning_rate(),
+            weight_decay: s.weight_decay,
+            warmup: s.warmup,
+            schedule: match s.schedule {
+                Schedule::Linear => quetsch_train::Schedule::Linear,
+                Schedule::Cosine => quetsch_train::Schedule::Cosine,
+                Schedule::Constant => quetsch_train::Schedule::Constant,
+            },
+            clip: s.clip,
+            dropout: Dropout { hidden: s.dropout, attention: s.dropout, head: s.head_dropout },
+            freeze: s.freeze.clone(),
+            seed: s.seed.unwrap_or(42),
+            threads: self.threads,
+        }
+    }
+
+    /// The validation accuracy, and the weights kept if it is the best so far.
+    fn validate(&self, checkpoint: &Checkpoint, epoch: usize, best_dir: &Path) -> Result<Option<f64>> {
+        if self.encoded.validation.is_empty() {
+            return Ok(None);
+        }
+        let accuracy = accuracy(checkpoint, &self.encoded.validation, &self.corpus.validation.labels, self.threads)?;
+        let better = read_best(best_dir).is_none_or(|b| accuracy > b.accuracy);
+        if self.settings.keep == KeepEpoch::Best && better {
+            let folder = quetsch::atomic::Folder::create(best_dir, true)?;
+            let model = ModelDir { checkpoint: checkpoint.clone(), tokenizer: self.tokenizer.clone() };
+            dir::write_into(&folder, &model)?;
+            folder.write("best.json", &serde_json::to_vec(&Best { epoch, accuracy })?)?;
+            folder.commit()?;
+        }
+        Ok(Some(accuracy))
+    }
+
+    fn explain(&self, error: FitError) -> anyhow::Error {
+        let name = self.name;
+        match error {
+            FitError::Interrupted { step, steps } => interrupted(format!(
+                "{name}: interrupted after step {step} of {steps}; the training state is saved. Run the same command \
+                 with --resume to go on"
+            )),
+            e @ FitError::NotFinite { .. } => anyhow!("{name}: {e}. The last saved state is kept"),
+            FitError::Quetsch(e) => e.into(),
+        }
+    }
+}
+
+fn read_best(dir: &Path) -> Option<Best> {
+    serde_json::from_slice(&fs::read(dir.join("best.json")).ok()?).ok()
+}
+
+/// The share of sentences whose highest logit is their label.
+pub fn accuracy(ck: &Checkpoint, sentences: &[Encoding], truth: &[u32], threads: usize) -> Result<f64> {
+    let logits = Model::pack(ck).logits(sentences, threads)?;
+    let rows = logits.chunks(ck.spec.head.labels());
+    let right = rows.zip(truth).filter(|(row, truth)| argmax(row) == **truth as usize).count();
+    Ok(right as f64 / truth.len().max(1) as f64)
+}
+
+/// How far training is, for the bar.
+fn describe(p: &Progress) -> String {
+    let l = &p.losses;
+    let kl = if l.kl > 0.0 { format!(", kl {:.3}", l.kl) } else { String::new() };
+    format!(
+        "epoch {}/{}  loss {:.3} (ce {:.3}{kl})  lr {:.1e}  {:.0} sentences/s  {} left",
+        p.epoch,
+        p.epochs,
+        l.total,
+        l.ce,
+        p.learning_rate,
+        p.sentences_per_s,
+        duration(p.eta_s)
+    )
+}
+
+/// `metrics.jsonl`: one line a step. Nothing in it depends on time, so a resumed run ends with the same bytes.
+struct Metrics {
+    path: PathBuf,
+    file: File,
+}
+
+impl Metrics {
+    fn open(path: &Path, resume: bool) -> Result<Metrics> {
+        let cannot = || format!("cannot write {}", path.display());
+        let mut options = OpenOptions::new();
+        options.create(true).append(resume).write(true).truncate(!resume);
+        let file = options.open(path).with_context(cannot)?;
+        Ok(Metrics { path: path.into(), file })
+    }
+
+    fn write(&mut self, p: &Progress) -> Result<()> {
+        let line = json!({
+            "step": p.step,
+            "epoch": p.epoch,
+            "loss": p.losses.total,
+            "ce": p.losses.ce,
+            "kl": p.losses.kl,
+            "learning_rate": p.learning_rate,
+            "gradient_norm": p.gradient_norm,
+        });
+        // One write a line: what a killed run was at must be in the file when it goes on.
+        let line = format!("{line}\n");
+        self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    /// Drops what a killed run wrote after the step that it goes on from.
+    fn cut_after(&mut self, step: usize) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Step {
+            step: usize,
+        }
+        let mut kept = vec![];
+        for line in BufReader::new(File::open(&self.path)?).lines() {
+            let line = line?;
+            match serde_json::from_str::<Step>(&line) {
+                Ok(s) if s.step <= step => kept.extend_from_slice(format!("{line}\n").as_bytes()),
+                _ => break,
+            }
+        }
+        fs::write(&self.path, kept)?;
+        *self = Metrics::open(&self.path, true)?;
+        Ok(())
+    }
+
+    fn read(self) -> Result<Vec<u8>> {
+        fs::read(&self.path).with_context(|| format!("cannot read {}", self.path.display()))
+    }
+}

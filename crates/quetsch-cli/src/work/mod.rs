@@ -1,0 +1,236 @@
+//! Running one stage, the same from a recipe and from its own command: find out what it would be made from, skip it if
+//! that is there, make it, measure it, write its folder in one piece.
+
+pub mod compare;
+pub mod corpus;
+pub mod fit;
+pub mod gate;
+pub mod make;
+pub mod pipeline;
+pub mod provenance;
+
+use crate::exit::usage;
+use crate::recipe::Kind;
+use crate::settings::Data;
+use crate::ui::{Ui, duration, mb, percent};
+use anyhow::{Context, Result};
+use provenance::Provenance;
+use quetsch::atomic::{Folder, write_file};
+use quetsch::dir::{self, ModelDir};
+use quetsch::metrics;
+use quetsch::runtime::Classifier;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// A stage with everything resolved.
+pub struct Job<'a> {
+    /// Its name.
+    pub id: &'a str,
+    /// What it does.
+    pub kind: &'a Kind,
+    /// The data.
+    pub data: &'a Data,
+    /// Seed of the validation split.
+    pub seed: u64,
+    /// Model directories by role: model, teacher.
+    pub inputs: BTreeMap<&'static str, PathBuf>,
+    /// Its folder.
+    pub out: PathBuf,
+    /// Folder for the teacher's logits, shared by the stages of a run.
+    pub cache: PathBuf,
+    /// Threads.
+    pub threads: usize,
+    /// Replace what is there.
+    pub force: bool,
+    /// Go on from a saved training state.
+    pub resume: bool,
+}
+
+/// The report's file name.
+pub const REPORT: &str = "report.json";
+
+/// What a stage made, before it is measured and written.
+pub struct Made {
+    /// The model.
+    pub checkpoint: quetsch::checkpoint::Checkpoint,
+    /// Its tokenizer.
+    pub tokenizer: quetsch::tokenizer::TokenizerFiles,
+    /// What the stage has to tell.
+    pub report: Map<String, Value>,
+    /// More files for its folder.
+    pub files: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl Job<'_> {
+    /// The model directory of a role.
+    pub fn input(&self, role: &str) -> Result<&Path> {
+        let path = self.inputs.get(role).map(PathBuf::as_path);
+        path.ok_or_else(|| usage(format!("no {role} given: pass --{role} DIR")))
+    }
+
+    /// Where the training state lives until the stage is done: a hidden sibling of its folder.
+    pub fn state(&self) -> PathBuf {
+        let name = self.out.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        self.out.with_file_name(format!(".{name}.training"))
+    }
+
+    /// What the output is, or would be, made from.
+    pub fn provenance(&self) -> Result<Provenance> {
+        let mut inputs = BTreeMap::new();
+        for (role, path) in &self.inputs {
+            inputs.insert(role.to_string(), corpus::hash_model(path)?);
+        }
+        let trains = matches!(self.kind, Kind::Train(_) | Kind::Distill(_) | Kind::Prune(_));
+        if let Some(file) = self.data.train.as_ref().filter(|_| trains) {
+            inputs.insert("train".into(), corpus::hash_file(file.as_ref())?);
+            let reading = (&self.data.text_col, &self.data.label_col, self.data.validation, self.seed);
+            inputs.insert("reading".into(), corpus::hash_of(&[&format!("{reading:?}")]));
+        }
+        let section = serde_json::to_value(self.kind)?;
+        Provenance::new(self.kind.name(), &section[self.kind.name()], inputs)
+    }
+
+    /// Runs the stage, or finds it done. Returns its report.
+    pub fn run(&self, ui: &Ui) -> Result<Value> {
+        let provenance = self.provenance()?;
+        let found = Provenance::read(&self.out);
+        if found.as_ref().is_some_and(|f| f.key == provenance.key) {
+            return self.done_before(ui);
+        }
+        if let Some(found) = found.filter(|_| !self.force) {
+            let changes = differences(&found, &provenance).join(", ");
+            let out = self.out.display();
+            anyhow::bail!("{out} was made from something else ({changes}); pass --force to make it again");
+        }
+        let state = self.state();
+        if state.exists() && !self.resume {
+            if !self.force {
+                let out = self.out.display();
+                anyhow::bail!(
+                    "the training of {out} was interrupted: pass --resume to go on, or --force to start again"
+                );
+            }
+            std::fs::remove_dir_all(&state).with_context(|| format!("cannot remove {}", state.display()))?;
+        }
+        // Asked for now, so that a place that cannot be written is known before hours of work.
+        let folder = Folder::create(&self.out, self.force)?;
+        ui.note(format!("== {} ({})", self.id, self.kind.name()));
+        let started = Instant::now();
+        let made = make::make(self, &provenance.key, ui)?;
+        let mut report = Map::from_iter([
+            ("id".to_string(), json!(self.id)),
+            ("stage".to_string(), json!(self.kind.name())),
+            ("parameters".to_string(), json!(made.checkpoint.parameters())),
+        ]);
+        report.extend(made.report);
+        let model = ModelDir { checkpoint: made.checkpoint, tokenizer: made.tokenizer };
+        let test = self.test(&model, ui)?;
+        if let Some(test) = test {
+            report.insert("test".into(), test);
+        }
+        report.insert("seconds".into(), json!(round(started.elapsed().as_secs_f64(), 1)));
+        dir::write_into(&folder, &model)?;
+        report.insert("disk_bytes".into(), json!(corpus::disk_bytes(folder.path())));
+        let report = Value::Object(report);
+        folder.write(provenance::FILE, &provenance.to_json()?)?;
+        folder.write(REPORT, &pretty(&report)?)?;
+        for (name, bytes) in &made.files {
+            folder.write(name, bytes)?;
+        }
+        folder.commit()?;
+        if state.exists() {
+            std::fs::remove_dir_all(&state).with_context(|| format!("cannot remove {}", state.display()))?;
+        }
+        ui.say(format!("{} -> {}", summary(&report), self.out.display()))?;
+        Ok(report)
+    }
+
+    /// A stage whose output is there: measured again only if the test data are others.
+    fn done_before(&self, ui: &Ui) -> Result<Value> {
+        let path = self.out.join(REPORT);
+        let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut report: Value =
+            serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+        let wanted = self.data.test.as_ref().map(|t| corpus::hash_file(t.as_ref())).transpose()?;
+        if wanted.is_some() && report["test"]["data"].as_str() != wanted.as_deref() {
+            let model = dir::read(&self.out)?;
+            if let Some(test) = self.test(&model, ui)? {
+                report["test"] = test;
+                write_file(&path, &pretty(&report)?)?;
+            }
+        }
+        ui.say(format!("{} -> {} (there already, nothing to do)", summary(&report), self.out.display()))?;
+        Ok(report)
+    }
+
+    /// The model's figures on the test data, if there are any.
+    pub fn test(&self, model: &ModelDir, ui: &Ui) -> Result<Option<Value>> {
+        let Some(test) = corpus::test(self.data, &model.checkpoint.labels, ui)? else { return Ok(None) };
+        let classifier = Classifier::new(model, None)?;
+        let logits = classifier.logits(&test.set.texts, self.threads)?;
+        let figures = metrics::evaluate(&logits, &test.set.labels, classifier.labels());
+        let mut figures = serde_json::to_value(&figures)?;
+        figures["data"] = json!(test.hash);
+        Ok(Some(figures))
+    }
+}
+
+/// JSON for a file.
+pub fn pretty(value: &impl serde::Serialize) -> Result<Vec<u8>> {
+    let mut json = serde_json::to_vec_pretty(value)?;
+    json.push(b'\n');
+    Ok(json)
+}
+
+/// To so many decimals, for figures that are read by people too.
+pub fn round(x: f64, decimals: i32) -> f64 {
+    let scale = 10f64.powi(decimals);
+    (x * scale).round() / scale
+}
+
+/// `student: 92.5% accuracy, 17.3 M parameters, 69.3 MB, 3 min 12 s`.
+fn summary(report: &Value) -> String {
+    let mut parts = vec![];
+    if let Some(accuracy) = report["test"]["accuracy"].as_f64() {
+        parts.push(format!("test accuracy {}", percent(accuracy)));
+    }
+    if let Some(n) = report["parameters"].as_f64() {
+        parts.push(format!("{:.2} M parameters", n / 1e6));
+    }
+    if let Some(bytes) = report["disk_bytes"].as_u64() {
+        parts.push(format!("{:.1} MB", mb(bytes)));
+    }
+    if let Some(s) = report["seconds"].as_f64() {
+        parts.push(duration(s));
+    }
+    format!("{}: {}", report["id"].as_str().unwrap_or("?"), parts.join(", "))
+}
+
+/// What differs between two provenances, in words.
+fn differences(a: &Provenance, b: &Provenance) -> Vec<String> {
+    let mut found = vec![];
+    if a.stage != b.stage {
+        found.push(format!("stage {}, now {}", a.stage, b.stage));
+    }
+    if a.tool != b.tool {
+        found.push(format!("{}, now {}", a.tool, b.tool));
+    }
+    for (role, hash) in &b.inputs {
+        if a.inputs.get(role) != Some(hash) {
+            found.push(format!("another {role}"));
+        }
+    }
+    for (key, new) in &b.settings {
+        match a.settings.get(key) {
+            Some(old) if old == new => {}
+            Some(old) => found.push(format!("{key} was {old}, is {new}")),
+            None => found.push(format!("{key} is {new}")),
+        }
+    }
+    match found.is_empty() {
+        true => vec!["other settings".into()],
+        false => found,
+    }
+}

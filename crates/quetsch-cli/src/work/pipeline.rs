@@ -1,0 +1,159 @@
+//! A recipe's stages in order.
+
+use super::compare::{Comparison, Plan, compare};
+use super::gate::{self, Gate};
+use super::{Job, pretty};
+use crate::exit::usage;
+use crate::recipe::{Kind, Recipe, Stage};
+use crate::ui::{Ui, duration};
+use anyhow::{Context, Result};
+use quetsch::atomic::write_file;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// How to run.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Stop after this stage.
+    pub until: Option<String>,
+    /// Go on with an interrupted training.
+    pub resume: bool,
+    /// Replace outputs that were made from something else.
+    pub force: bool,
+    /// Conditions on the models that come after the first.
+    pub gates: Vec<Gate>,
+}
+
+/// Where things of a run are.
+impl Recipe {
+    /// The folder of a stage.
+    pub fn stage_dir(&self, id: &str) -> PathBuf {
+        self.out.join(id)
+    }
+
+    /// A model named in the recipe: the folder of a stage, else a path.
+    pub fn model_dir(&self, name: &str) -> PathBuf {
+        match self.stages.iter().any(|s| s.id == name) {
+            true => self.stage_dir(name),
+            false => PathBuf::from(name),
+        }
+    }
+
+    /// The stages up to the one named.
+    pub fn until(&self, until: Option<&str>) -> Result<&[Stage]> {
+        let Some(id) = until else { return Ok(&self.stages) };
+        let known = || self.stages.iter().map(|s| s.id.as_str()).collect::<Vec<_>>().join(", ");
+        match self.stages.iter().position(|s| s.id == id) {
+            Some(last) => Ok(&self.stages[..=last]),
+            None => Err(usage(format!("--until {id}: no such stage; there are: {}", known()))),
+        }
+    }
+
+    /// The job of a stage.
+    pub fn job<'a>(&'a self, stage: &'a Stage, threads: usize, options: &Options) -> Job<'a> {
+        let inputs: BTreeMap<_, _> = match &stage.kind {
+            Kind::Compare(_) => BTreeMap::new(),
+            kind => kind.inputs().into_iter().filter_map(|(r, n)| Some((r, self.model_dir(&n?)))).collect(),
+        };
+        Job {
+            id: &stage.id,
+            kind: &stage.kind,
+            data: &self.data,
+            seed: self.seed,
+            inputs,
+            out: self.stage_dir(&stage.id),
+            cache: self.out.join("cache"),
+            threads,
+            force: options.force,
+            resume: options.resume,
+        }
+    }
+}
+
+/// What a run ends with.
+pub struct Finished {
+    /// The last comparison, if there was one.
+    pub comparison: Option<Comparison>,
+    /// Everything, for `report.json`.
+    pub report: Value,
+}
+
+/// Runs a recipe.
+pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
+    let threads = ui.threads(recipe.threads);
+    let stages = recipe.until(options.until.as_deref())?;
+    for warning in &recipe.warnings {
+        ui.warn(warning);
+    }
+    let started = Instant::now();
+    std::fs::create_dir_all(&recipe.out).with_context(|| format!("cannot make {}", recipe.out.display()))?;
+    write_file(recipe.out.join("recipe.resolved.toml"), recipe.to_toml()?.as_bytes())?;
+    let (mut reports, mut comparison) = (vec![], None);
+    for stage in stages {
+        let job = recipe.job(stage, threads, options);
+        match &stage.kind {
+            Kind::Eval(_) => reports.push(eval(&job, ui)?),
+            Kind::Compare(s) => {
+                let models = s.models.iter().map(|n| (n.clone(), recipe.model_dir(n))).collect();
+                let (no_baseline, no_speed) = (s.no_baseline, s.no_speed);
+                let plan = Plan { models, data: &recipe.data, no_baseline, no_speed, threads };
+                let result = compare(&plan, ui)?;
+                let dir = recipe.stage_dir(&stage.id);
+                std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+                write_file(dir.join("report.json"), &pretty(&result)?)?;
+                write_file(dir.join("report.md"), result.markdown().as_bytes())?;
+                write_file(dir.join("report.html"), result.html("Quetsch: comparison")?.as_bytes())?;
+                ui.say(format!("{}\n{}\n-> {}", result.table(), result.legend(), dir.display()))?;
+                reports.push(json!({ "id": stage.id, "stage": "compare", "comparison": result }));
+                comparison = Some(result);
+            }
+            _ => reports.push(job.run(ui)?),
+        }
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    ui.note(format!("done in {}", duration(seconds)));
+    let report = json!({ "seconds": super::round(seconds, 1), "stages": reports });
+    write_file(recipe.out.join("report.json"), &pretty(&report)?)?;
+    check_gates(recipe, stages, options, comparison.as_ref(), threads, ui)?;
+    Ok(Finished { comparison, report })
+}
+
+/// Gates look at every model but the first: those that were made smaller.
+fn check_gates(
+    recipe: &Recipe,
+    stages: &[Stage],
+    options: &Options,
+    comparison: Option<&Comparison>,
+    threads: usize,
+    ui: &Ui,
+) -> Result<()> {
+    if options.gates.is_empty() {
+        return Ok(());
+    }
+    let own;
+    let comparison = match comparison {
+        Some(comparison) => comparison,
+        None => {
+            let models = stages.iter().filter(|s| s.kind.makes_model());
+            let models = models.map(|s| (s.id.clone(), recipe.stage_dir(&s.id))).collect();
+            let plan = Plan { models, data: &recipe.data, no_baseline: true, no_speed: true, threads };
+            own = compare(&plan, ui)?;
+            &own
+        }
+    };
+    let models: Vec<_> = comparison.variants.iter().filter(|v| v.dir.is_some()).skip(1).collect();
+    gate::check(&options.gates, &models)
+}
+
+fn eval(job: &Job, ui: &Ui) -> Result<Value> {
+    let model = quetsch::dir::read(job.input("model")?)?;
+    let test = job.test(&model, ui)?.ok_or_else(|| usage("no test data: set data.test"))?;
+    let accuracy = test["accuracy"].as_f64().unwrap_or(f64::NAN);
+    ui.say(format!("{}: test accuracy {}", job.id, crate::ui::percent(accuracy)))?;
+    std::fs::create_dir_all(&job.out).with_context(|| format!("cannot make {}", job.out.display()))?;
+    let report = json!({ "id": job.id, "stage": "eval", "test": test });
+    write_file(job.out.join(super::REPORT), &pretty(&report)?)?;
+    Ok(report)
+}

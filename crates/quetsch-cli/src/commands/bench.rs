@@ -131,7 +131,8 @@ fn ms(since: Instant) -> f64 {
 /// Nearest-rank quantiles.
 fn latency(mut ms: Vec<f64>) -> Latency {
     ms.sort_by(f64::total_cmp);
-    let at = |q: f64| ms.get(((q * ms.len() as f64).ceil() as usize).saturating_sub(1)).copied().unwrap_or(f64::NAN);
+    let at =
+        |q: f64| ms.get(((q * ms.len() as f64).ceil() as usize).saturating_sub(1)).copied().unwrap_or(f64::NAN);
     Latency { p50: round(at(0.5), 3), p99: round(at(0.99), 3) }
 }
 

@@ -93,8 +93,10 @@ pub fn run(d: &Demo, ui: &Ui) -> Result<()> {
 
     let about = "The sentences were written for this project; no test sentence shares a template with a training \
                  sentence. The teacher was trained from scratch, without any pretraining.";
-    let markdown =
-        format!("# Quetsch demo\n\n{about}\n\n{}\n## Top-3 of the int8 model\n\n```\n{printed}```\n", comparison.markdown());
+    let markdown = format!(
+        "# Quetsch demo\n\n{about}\n\n{}\n## Top-3 of the int8 model\n\n```\n{printed}```\n",
+        comparison.markdown()
+    );
     let report = json!({
         "seconds": crate::work::round(started.elapsed().as_secs_f64(), 1),
         "comparison": comparison,

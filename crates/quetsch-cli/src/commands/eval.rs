@@ -32,8 +32,7 @@ pub struct Eval {
 /// Runs `eval`.
 pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
     let classifier = Classifier::load(&e.model, e.max_length)?;
-    let columns =
-        Data { text_col: e.text_col.clone(), label_col: e.label_col.clone(), ..Data::default() };
+    let columns = Data { text_col: e.text_col.clone(), label_col: e.label_col.clone(), ..Data::default() };
     let set = corpus::read(&e.data, &columns, classifier.labels())?;
     for warning in &set.warnings {
         ui.warn(format!("{}: {warning}", e.data.display()));

@@ -87,7 +87,11 @@ pub fn run(i: &Init, ui: &Ui) -> Result<()> {
     write_file(&i.out, recipe.as_bytes())?;
     let out = i.out.display();
     ui.result(
-        format!("{out}: a recipe for {} sentences and {} labels. Run it: quetsch run {out}", set.len(), set.names.len()),
+        format!(
+            "{out}: a recipe for {} sentences and {} labels. Run it: quetsch run {out}",
+            set.len(),
+            set.names.len()
+        ),
         &json!({ "recipe": i.out, "sentences": set.len(), "labels": set.names.len(), "max_length": max_length }),
     )
 }

@@ -161,7 +161,17 @@ fn measure(model: &std::path::Path, plan: &Plan) -> Result<Speed> {
 
 /// The columns of the table.
 const HEADER: [&str; 12] = [
-    "variant", "params", "disk MB", "accuracy", "macro-F1", "parent", "delta", "flips", "McNemar p", "p50 ms", "sent/s",
+    "variant",
+    "params",
+    "disk MB",
+    "accuracy",
+    "macro-F1",
+    "parent",
+    "delta",
+    "flips",
+    "McNemar p",
+    "p50 ms",
+    "sent/s",
     "RSS MB",
 ];
 
@@ -212,7 +222,8 @@ impl Comparison {
     pub fn markdown(&self) -> String {
         let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
         let mut text = line(&HEADER.map(str::to_string));
-        text += &line(&std::array::from_fn::<_, 12, _>(|i| if i == 0 || i == 5 { "---" } else { "---:" }.to_string()));
+        text +=
+            &line(&std::array::from_fn::<_, 12, _>(|i| if i == 0 || i == 5 { "---" } else { "---:" }.to_string()));
         self.variants.iter().for_each(|v| text += &line(&Self::cells(v)));
         text + &format!("\n{}\n", self.legend())
     }

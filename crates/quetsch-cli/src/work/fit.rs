@@ -121,9 +121,8 @@ impl Fit<'_> {
                     bar.at(p.step as u64, || describe(&p));
                     metrics.write(&p)
                 }
-                Event::Epoch { epoch, epochs: total, checkpoint, mean } => self
-                    .validate(checkpoint, epoch, &best_dir)
-                    .map(|accuracy| {
+                Event::Epoch { epoch, epochs: total, checkpoint, mean } => {
+                    self.validate(checkpoint, epoch, &best_dir).map(|accuracy| {
                         let validation = accuracy.map(|a| format!(", validation {}", percent(a)));
                         let line = format!(
                             "{}: epoch {epoch}/{total}  loss {:.4}{}  {}",
@@ -143,7 +142,8 @@ impl Fit<'_> {
                             kl: mean.kl,
                             validation_accuracy: accuracy,
                         });
-                    }),
+                    })
+                }
             };
             match handled {
                 Err(e) => {
@@ -201,7 +201,8 @@ impl Fit<'_> {
         if self.encoded.validation.is_empty() {
             return Ok(None);
         }
-        let accuracy = accuracy(checkpoint, &self.encoded.validation, &self.corpus.validation.labels, self.threads)?;
+        let accuracy =
+            accuracy(checkpoint, &self.encoded.validation, &self.corpus.validation.labels, self.threads)?;
         let better = read_best(best_dir).is_none_or(|b| accuracy > b.accuracy);
         if self.settings.keep == KeepEpoch::Best && better {
             let folder = quetsch::atomic::Folder::create(best_dir, true)?;

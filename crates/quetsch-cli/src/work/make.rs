@@ -85,7 +85,9 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
             let student = read_model(path, ui)?;
             if !s.layers.is_empty() {
                 let student = path.display();
-                bail!("`layers` are taken from the teacher, but the student is given: {student}; leave out one of them");
+                bail!(
+                    "`layers` are taken from the teacher, but the student is given: {student}; leave out one of them"
+                );
             }
             same_language(&teacher, &student, "teacher", "student")?;
             student.checkpoint.to_f32()
@@ -167,7 +169,11 @@ fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     ui.note(&plan);
     let cut = prune::apply(&parent, &plan)?;
     let after_cut = run.train_accuracy(&cut)?;
-    ui.note(format!("{}: after the cut, before any recovery: {} of a training sample right", job.id, percent(after_cut)));
+    ui.note(format!(
+        "{}: after the cut, before any recovery: {} of a training sample right",
+        job.id,
+        percent(after_cut)
+    ));
     let (checkpoint, mut report, mut files) = match s.training.epochs {
         0 => (cut, Map::new(), vec![]),
         _ => {
@@ -203,7 +209,9 @@ fn plan(s: &Prune, parent: &Checkpoint, scores: Scores) -> Result<Plan> {
         Ok(map)
     };
     let layers = match &s.layers {
-        Amount::List(list) if list.iter().any(|p| p.head.is_some()) => bail!("`layers` lists heads, expected layers"),
+        Amount::List(list) if list.iter().any(|p| p.head.is_some()) => {
+            bail!("`layers` lists heads, expected layers")
+        }
         Amount::List(list) => prune::Amount::List(list.iter().map(|p| p.layer).collect()),
         other => simple(other),
     };
@@ -227,7 +235,8 @@ fn simple<L>(amount: &Amount) -> prune::Amount<L> {
 fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
     let model = read_model(job.input("model")?, ui)?;
     let rules = rules(s)?;
-    let mut keep = if s.keep.iter().any(|k| k == "none") { vec![] } else { quant::default_keep(&model.checkpoint.spec) };
+    let mut keep =
+        if s.keep.iter().any(|k| k == "none") { vec![] } else { quant::default_keep(&model.checkpoint.spec) };
     keep.extend(s.keep.iter().filter(|k| *k != "none").cloned());
     let checkpoint = quant::quantise(&model.checkpoint, &rules, &keep)?;
     let sites: Map<String, Value> = checkpoint

@@ -13,13 +13,13 @@ fn normalised(text: &str) -> String {
     text.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" ")
 }
 
-/// Splits into (train, validation).
+/// Splits into (train, validation), stratified: each label gives its share, rounded, to validation, but never its last
+/// text, because a label never trained on cannot be validated.
 ///
-/// A row is in the validation part when the hash of its seed and normalised text, as a number in [0, 1), is below
-/// `fraction`. So the place of a row depends on nothing but itself: rows that are added later move no other, repeated
-/// texts are all on one side, and every label gives its share up to chance. The one exception is a label all of whose
-/// texts would be in validation: the one with the largest hash trains, because a label never trained on cannot be
-/// validated.
+/// Texts of a label stand in the order of a hash of the seed and the normalised text, and the first ones validate. The
+/// order depends on nothing but the texts themselves, so rows that are added later do not reshuffle: a new text of a
+/// label moves at most one other, the one at the border. Repeated texts are all on one side (a text that has several
+/// labels goes with the first).
 pub fn split(set: &Dataset, fraction: f64, seed: u64) -> (Dataset, Dataset) {
     let place = |text: &String| {
         let hash = blake3::hash(normalised(text).as_bytes());
@@ -27,14 +27,21 @@ pub fn split(set: &Dataset, fraction: f64, seed: u64) -> (Dataset, Dataset) {
         rng::key(&[seed].into_iter().chain(words).collect::<Vec<_>>())
     };
     let places: Vec<u64> = set.texts.iter().map(place).collect();
-    let mut last = vec![0; set.names.len()];
+    let mut seen = HashSet::new();
+    let mut by_label: Vec<Vec<u64>> = vec![vec![]; set.names.len()];
     for (&place, &label) in places.iter().zip(&set.labels) {
-        last[label as usize] = place.max(last[label as usize]);
+        if seen.insert(place) {
+            by_label[label as usize].push(place);
+        }
     }
-    let below = |place: u64| (place as f64) < fraction * (u64::MAX as f64);
-    let kept: HashSet<u64> = last.into_iter().filter(|&place| below(place)).collect();
-    let validates = |row: &usize| below(places[*row]) && !kept.contains(&places[*row]);
-    let (validation, train): (Vec<usize>, Vec<usize>) = (0..set.len()).partition(validates);
+    let mut validates: HashSet<u64> = HashSet::new();
+    for mut places in by_label {
+        places.sort_unstable();
+        let share = (fraction * places.len() as f64).round() as usize; // NaN and below 0 are 0
+        validates.extend(places.iter().take(share.min(places.len().saturating_sub(1))));
+    }
+    let (validation, train): (Vec<usize>, Vec<usize>) =
+        (0..set.len()).partition(|row| validates.contains(&places[*row]));
     (set.subset(train), set.subset(validation))
 }
 

@@ -220,7 +220,7 @@ fn split_edges() {
     for (fraction, train_len) in [(0.0, 5), (-1.0, 5), (f64::NAN, 5)] {
         assert_eq!(split(&rows, fraction, 1).0.len(), train_len, "{fraction}");
     }
-    // With everything below the threshold, each label still trains.
+    // Even when everything is asked for, each label still trains.
     for seed in 0..20 {
         let (train, validation) = split(&rows, 1.0, seed);
         assert!(train.counts()[..3].iter().all(|&n| n > 0), "{train:?}");
@@ -239,34 +239,25 @@ fn many(n: usize) -> Dataset {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Rows added later move no other; only the row that was kept to train a label may go back.
+    /// A row added later moves at most one other: the one at the border of its label.
     #[test]
-    fn added_rows_move_no_other(n in 0usize..60, more in 0usize..60, fraction in 0.0..1.0f64, seed: u64) {
-        let (train, validation) = split(&many(n), fraction, seed);
-        let (train_after, validation_after) = split(&many(n + more), fraction, seed);
-        let before: HashSet<&String> = train.texts.iter().collect();
-        prop_assert!(validation.texts.iter().all(|text| validation_after.texts.contains(text)));
-        let moved: Vec<usize> =
-            (0..validation_after.len()).filter(|&i| before.contains(&validation_after.texts[i])).collect();
-        let labels: HashSet<u32> = moved.iter().map(|&i| validation_after.labels[i]).collect();
-        prop_assert_eq!(labels.len(), moved.len());
-        for label in labels {
-            // It was the only one of its label.
-            prop_assert_eq!(train.labels.iter().filter(|&&l| l == label).count(), 1);
-        }
-        prop_assert_eq!(train_after.len() + validation_after.len(), n + more);
+    fn added_rows_do_not_reshuffle(n in 0usize..60, fraction in 0.0..1.0f64, seed: u64) {
+        let side = |set: &Dataset| -> HashSet<String> { split(set, fraction, seed).1.texts.into_iter().collect() };
+        let (before, after) = (side(&many(n)), side(&many(n + 1)));
+        let new = format!("text {n}");
+        let moved: Vec<&String> = before.symmetric_difference(&after).filter(|t| **t != new).collect();
+        prop_assert!(moved.len() <= 1, "{moved:?}");
     }
 
-    /// Each label gives its fraction, up to five standard deviations of chance; repeated texts stay together.
+    /// Each label gives its fraction, to half a text; repeated texts stay together.
     #[test]
     fn the_fraction_is_kept(fraction in 0.05..0.95f64, seed: u64) {
-        let mut rows = many(2_000);
+        let mut rows = many(400);
         rows.texts.extend_from_within(..);
         rows.labels.extend_from_within(..);
         let (train, validation) = split(&rows, fraction, seed);
-        let chance = 5.0 * (500.0 * fraction * (1.0 - fraction)).sqrt();
         for count in validation.counts() {
-            prop_assert!((count as f64 / 2.0 - 500.0 * fraction).abs() < chance, "{count} of 1000 at {fraction}");
+            prop_assert!((count as f64 / 2.0 - 100.0 * fraction).abs() <= 0.5, "{count} of 200 at {fraction}");
         }
         prop_assert_eq!(overlap(&train, &validation).leaked_into_test, 0);
     }

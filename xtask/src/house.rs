@@ -175,6 +175,18 @@ mod tests {
         assert_eq!(unsafe_code(crate::root()).unwrap(), Vec::<String>::new());
     }
 
+    /// The code in the READMEs is that of an example, which the compiler sees.
+    #[test]
+    fn readme_code_is_the_examples() {
+        let read = |file: &str| fs::read_to_string(crate::root().join(file)).unwrap();
+        let example = read("crates/quetsch/examples/classify.rs").replace("\n    ", "\n");
+        for file in ["README.md", "README.zh-CN.md"] {
+            let readme = read(file);
+            let code = readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+            assert!(example.contains(code), "{file}: not in classify.rs:\n{code}");
+        }
+    }
+
     #[test]
     fn the_keyword_is_seen_in_code_only() {
         let rows = [

@@ -11,6 +11,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 with VNNI, its 8-bit dot products.
+    Avx512Vnni,
 }
 
 impl Isa {
@@ -20,6 +22,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512vnni",
         }
     }
 
@@ -33,7 +36,8 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl");
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             if avx512 && avx2 {
-                return Isa::Avx512;
+                let vnni = is_x86_feature_detected!("avx512vnni");
+                return if vnni { Isa::Avx512Vnni } else { Isa::Avx512 };
             }
             if avx2 {
                 return Isa::Avx2;
@@ -51,11 +55,11 @@ impl Isa {
         let Some(name) = std::env::var_os("QUETSCH_ISA").filter(|v| !v.is_empty()) else {
             return Ok(best);
         };
-        let all = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+        let all = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
         match all.into_iter().find(|i| name.to_str() == Some(i.name())) {
             Some(i) if i <= best => Ok(i),
             Some(i) => Err(format!("QUETSCH_ISA={}: this CPU has {} at best", i.name(), best.name())),
-            None => Err(format!("QUETSCH_ISA={}: expected scalar, avx2 or avx512", name.display())),
+            None => Err(format!("QUETSCH_ISA={}: expected scalar, avx2, avx512 or avx512vnni", name.display())),
         }
     }
 }
@@ -87,7 +91,7 @@ macro_rules! kernel {
                 }
                 match $crate::isa::isa() {
                     // SAFETY: `isa()` is at most `Isa::best()`, which saw these features on this CPU.
-                    $crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::isa::Isa::Avx512 | $crate::isa::Isa::Avx512Vnni => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     $crate::isa::Isa::Scalar => {}

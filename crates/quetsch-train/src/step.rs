@@ -51,6 +51,11 @@ pub struct Task<'a> {
     pub masks: Option<&'a Masks>,
 }
 
+/// Tokens that one forward of one thread sees at most (one sentence if that is longer): large enough for matrix
+/// products at full speed, small enough that activations stay small. Gradients add up, and dropout does not depend on
+/// how sentences are gathered, so the value changes nothing but the rounding of sums.
+const CHUNK: usize = 512;
+
 /// Gradients of the masks by place.
 pub type MaskGrads = BTreeMap<At, Vec<f32>>;
 
@@ -101,6 +106,22 @@ pub fn gradients(
     Ok((total, masks))
 }
 
+/// Cuts examples into runs of at most [`CHUNK`] tokens.
+fn chunks<'e>(set: TrainSet, mut examples: &'e [usize]) -> Vec<&'e [usize]> {
+    let mut cut = vec![];
+    while !examples.is_empty() {
+        let mut tokens = 0;
+        let fits = examples.iter().take_while(|e| {
+            tokens += set.encodings[**e].ids.len();
+            tokens <= CHUNK
+        });
+        let (now, later) = examples.split_at(fits.count().max(1));
+        cut.push(now);
+        examples = later;
+    }
+    cut
+}
+
 fn run_shard(
     task: &Task,
     step: u64,
@@ -109,7 +130,7 @@ fn run_shard(
     w: &mut Worker,
 ) -> Result<(Losses, MaskGrads)> {
     let (mut total, mut masks) = (Losses::default(), MaskGrads::new());
-    for examples in shard.iter().filter(|e| !e.is_empty()) {
+    for examples in shard.iter().flat_map(|part| chunks(task.set, part)) {
         let spec = &task.params.spec;
         let batch = Batch::new(spec, examples.iter().map(|e| &task.set.encodings[*e]))
             .map_err(|e| Error::invalid(format!("training examples {examples:?}: {e}")))?;

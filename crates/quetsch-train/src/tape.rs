@@ -120,12 +120,16 @@ impl Buffers {
     /// A buffer of exactly `len` floats with arbitrary content.
     fn take(&mut self, len: usize) -> Vec<f32> {
         let fits = (0..self.0.len()).rev().filter(|i| self.0[*i].capacity() >= len);
-        let mut b = match fits.min_by_key(|i| self.0[*i].capacity()) {
-            Some(i) => self.0.swap_remove(i),
-            None => Vec::with_capacity(len),
-        };
-        b.resize(len, 0.0);
-        b
+        if let Some(i) = fits.min_by_key(|i| self.0[*i].capacity()) {
+            let mut b = self.0.swap_remove(i);
+            b.resize(len, 0.0);
+            return b;
+        }
+        // The largest makes room for a larger one, so that small ones do not pile up.
+        if let Some(i) = (0..self.0.len()).max_by_key(|i| self.0[*i].capacity()) {
+            self.0.swap_remove(i);
+        }
+        vec![0.0; len]
     }
 
     fn give(&mut self, b: Vec<f32>) {

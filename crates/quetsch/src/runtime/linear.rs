@@ -3,7 +3,7 @@
 use super::Workspace;
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::quant::four_bit::{Compute, FourBit};
-use crate::quant::int8::Int8Input;
+use crate::quant::int8::{Int8Input, Int8Rows};
 use crate::spec::{Lin, Tensor};
 use quetsch_kernels::gemm::{Size, matmul};
 use quetsch_kernels::{four_bit, int8, math};
@@ -22,8 +22,10 @@ pub struct Input<'a> {
 enum Weight {
     /// f32 `[k, n]`: f32, f16 and bf16 storage alike.
     Dense(Vec<f32>),
-    /// int8 rows, the input quantised as `Int8Input` says.
-    Int8(int8::Matrix, Int8Input),
+    /// int8 rows; the input quantised by row at run time.
+    Int8(int8::Matrix),
+    /// LLM.int8(): as `Int8`, but columns with an outlier are multiplied in float, which needs the rows as stored.
+    Mixed { matrix: int8::Matrix, rows: Int8Rows, threshold: f32 },
     /// 4-bit blocks, decoded a panel of rows at a time, and their bias: with [`Compute::Bf16`] the sum is rounded
     /// after it, so it cannot be added later.
     FourBit(FourBit, Vec<f32>),
@@ -67,7 +69,11 @@ impl Linear {
                 Stored::Float { .. } => Weight::Dense(transposed(ck, &[s], k, n)),
                 Stored::Int8(q) => {
                     let scale = q.scb.iter().map(|s| s / 127.0).collect();
-                    Weight::Int8(int8::Matrix { values: q.values.clone(), scale, k }, q.input)
+                    let matrix = int8::Matrix::new(&q.values, scale, k);
+                    match q.input {
+                        Int8Input::Dynamic => Weight::Int8(matrix),
+                        Int8Input::Mixed { threshold } => Weight::Mixed { matrix, rows: q.clone(), threshold },
+                    }
                 }
                 Stored::FourBit(q) => {
                     let own = bias[offset..offset + n].iter_mut().map(std::mem::take).collect();
@@ -99,8 +105,12 @@ impl Linear {
             let out = out.get_mut(part.offset..).unwrap_or_default();
             match &part.weight {
                 Weight::Dense(w) => matmul(size, x.values, w, out, stride),
-                Weight::Int8(w, Int8Input::Dynamic) => dynamic(x.values, x.rows, w, ws, out, stride),
-                Weight::Int8(w, Int8Input::Mixed { threshold }) => mixed(x, w, *threshold, ws, out, stride),
+                Weight::Int8(w) => dynamic(x.values, x.rows, w, ws, out, stride),
+                Weight::Mixed { matrix, rows, threshold } => {
+                    let outliers = take_outliers(x, *threshold);
+                    dynamic(&outliers.rest, x.rows, matrix, ws, out, stride);
+                    outliers.add_to(rows, self.k, out, stride);
+                }
                 Weight::FourBit(w, bias) => panels(size, x.values, w, bias, ws, out, stride),
             }
         }
@@ -122,30 +132,43 @@ fn transposed(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Vec<f32> {
 
 /// Input rows quantised by their own absmax at run time.
 fn dynamic(values: &[f32], rows: usize, w: &int8::Matrix, ws: &mut Workspace, out: &mut [f32], stride: usize) {
-    let (mut q, mut scale) = (ws.bytes(rows * w.k), ws.floats(rows));
-    int8::quantise(values, w.k, &mut q[..rows * w.k], &mut scale[..rows]);
-    int8::matmul(&q, &scale[..rows], w, out, stride);
+    let (mut q, mut scale) = (ws.bytes(rows * w.k()), ws.floats(rows));
+    int8::quantise(values, w.k(), &mut q[..rows * w.k()], &mut scale[..rows]);
+    w.multiply(&q, &scale[..rows], out, stride);
     ws.bytes.push(q);
     ws.floats.push(scale);
 }
 
-/// LLM.int8() (Dettmers et al. 2022): the input is rounded to f16; columns in which some element of the *sequence*
-/// reaches the threshold are multiplied in float, the rest as in [`dynamic`].
-fn mixed(x: &Input, w: &int8::Matrix, threshold: f32, ws: &mut Workspace, out: &mut [f32], stride: usize) {
-    let (n, k) = (w.scale.len(), w.k);
+/// The input of LLM.int8() (Dettmers et al. 2022), rounded to f16 and taken apart.
+struct Outliers {
+    /// `[rows, k]` with zeros where an outlier column was.
+    rest: Vec<f32>,
+    /// (row, column, value)
+    taken: Vec<(usize, usize, f32)>,
+}
+
+/// A column is an outlier when some element of the *sequence* reaches the threshold; 0 turns outliers off.
+fn take_outliers(x: &Input, threshold: f32) -> Outliers {
+    let k = x.values.len() / x.rows.max(1);
     let mut rest: Vec<f32> = x.values.iter().map(|v| FloatType::F16.round(*v)).collect();
-    let mut outliers = vec![]; // (row, column, value)
-    for s in x.starts.windows(2) {
-        let columns =
-            (0..k).filter(|c| threshold > 0.0 && (s[0]..s[1]).any(|r| rest[r * k + c].abs() >= threshold));
-        for c in columns.collect::<Vec<_>>() {
-            outliers.extend((s[0]..s[1]).map(|r| (r, c, std::mem::take(&mut rest[r * k + c]))));
+    let mut taken = vec![];
+    for s in x.starts.windows(2).filter(|_| threshold > 0.0) {
+        for c in 0..k {
+            if (s[0]..s[1]).any(|r| rest[r * k + c].abs() >= threshold) {
+                taken.extend((s[0]..s[1]).map(|r| (r, c, std::mem::take(&mut rest[r * k + c]))));
+            }
         }
     }
-    dynamic(&rest, x.rows, w, ws, out, stride);
-    for (r, c, v) in outliers {
-        for j in 0..n {
-            out[r * stride + j] += v * f32::from(w.values[j * k + c]) * w.scale[j];
+    Outliers { rest, taken }
+}
+
+impl Outliers {
+    /// out += taken columns * w, in float.
+    fn add_to(&self, w: &Int8Rows, k: usize, out: &mut [f32], stride: usize) {
+        for &(r, c, v) in &self.taken {
+            for (j, scb) in w.scb.iter().enumerate() {
+                out[r * stride + j] += v * (f32::from(w.values[j * k + c]) * scb / 127.0);
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Token ids as transformers 4.57.6 gives them (`fixtures/*_expected.json`), and tokenizers made here.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too
+
 use quetsch::batch::Encoding;
 use quetsch::dir;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles, train_wordpiece};

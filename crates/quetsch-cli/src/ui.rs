@@ -23,8 +23,6 @@ pub struct Ui {
     pub format: Format,
     /// Results and errors only.
     quiet: bool,
-    /// 0 to 2.
-    pub verbose: u8,
     bars: bool,
     threads: Option<usize>,
 }
@@ -32,19 +30,15 @@ pub struct Ui {
 impl Ui {
     /// From the global flags.
     pub fn new(format: Format, quiet: bool, verbose: u8, no_progress: bool, threads: Option<usize>) -> Ui {
+        trace(quiet, verbose);
         let bars = !quiet && !no_progress && std::io::stderr().is_terminal();
-        Ui { format, quiet, verbose, bars, threads }
+        Ui { format, quiet, bars, threads }
     }
 
     /// Threads to compute with: the flag, else the recipe's number, else all that this process may use.
     pub fn threads(&self, recipe: Option<usize>) -> usize {
         let all = || std::thread::available_parallelism().map_or(1, usize::from);
         self.threads.or(recipe).unwrap_or_else(all).max(1)
-    }
-
-    /// The number given by flag or environment.
-    pub fn threads_flag(&self) -> Option<usize> {
-        self.threads
     }
 
     /// Whether results are printed for people.
@@ -94,6 +88,19 @@ impl Ui {
         bar.set_prefix(what.clone());
         Bar { bar, what, total, lines: !self.bars && !self.quiet, last_line: Instant::now() }
     }
+}
+
+/// Events of this program on stderr: by `RUST_LOG`, else by `-v`. None of them holds a user's text.
+fn trace(quiet: bool, verbose: u8) {
+    use tracing_subscriber::EnvFilter;
+    let level = match (quiet, verbose) {
+        (true, _) => "error",
+        (_, 0) => "warn",
+        (_, 1) => "info",
+        _ => "debug",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("quetsch={level}")));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
 }
 
 /// Writes to stdout; a reader that has gone away (`| head`) ends the program quietly.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 /// Flags of `compare`.
 #[derive(Debug, Args)]
-pub struct Compare {
+pub struct CompareModels {
     /// Model directories; each is compared with the one it was made from, else with the first
     #[arg(required = true, value_name = "DIR")]
     dirs: Vec<PathBuf>,
@@ -39,7 +39,7 @@ pub struct Compare {
 }
 
 /// Runs `compare`.
-pub fn run(c: &Compare, ui: &Ui) -> Result<()> {
+pub fn run(c: &CompareModels, ui: &Ui) -> Result<()> {
     let data = Data {
         train: c.train.clone(),
         test: Some(c.data.clone()),

@@ -38,7 +38,7 @@ pub enum Command {
     /// Measure a model on labelled texts
     Eval(eval::Eval),
     /// Measure several models side by side
-    Compare(compare::Compare),
+    Compare(compare::CompareModels),
     /// Print the most likely labels of texts
     Predict(predict::Predict),
     /// Measure latency, throughput, loading time and memory

@@ -45,7 +45,6 @@ pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result
             None => return Err(usage(format!("no {role} given: pass --{role} DIR"))),
         }
     }
-    let cache = stage.out.with_file_name(".quetsch-cache");
     let job = Job {
         id: kind.name(),
         kind: &kind,
@@ -53,7 +52,7 @@ pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result
         seed: kind.seed().unwrap_or(42),
         inputs,
         out: stage.out,
-        cache,
+        cache: None,
         threads: ui.threads(None),
         force: stage.force,
         resume: stage.resume,

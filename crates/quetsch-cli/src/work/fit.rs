@@ -103,10 +103,14 @@ impl Fit<'_> {
         let s = self.settings;
         fs::create_dir_all(self.state).with_context(|| format!("cannot make {}", self.state.display()))?;
         let (best_dir, state_dir) = (self.state.join("best"), self.state.join("state"));
-        let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), self.resume)?;
+        // Killed before the first save, a run has nothing to go on from.
+        let resume = self.resume && state_dir.exists();
+        if !resume && best_dir.exists() {
+            fs::remove_dir_all(&best_dir).with_context(|| format!("cannot remove {}", best_dir.display()))?;
+        }
+        let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), resume)?;
         let set = TrainSet { encodings: &self.encoded.train, labels: &self.corpus.train.labels };
-        let state =
-            State { dir: &state_dir, every_steps: s.save_every, resume: self.resume, key: self.key.to_string() };
+        let state = State { dir: &state_dir, every_steps: s.save_every, resume, key: self.key.to_string() };
         let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
         let mut bar: Option<ui::Bar> = None;
         let started = Instant::now();
@@ -179,17 +183,17 @@ impl Fit<'_> {
             epochs: s.epochs,
             batch_size: s.batch_size,
             accumulate: s.accumulate,
-            learning_rate: s.learning_rate,
-            head_learning_rate: s.head_learning_rate(),
-            weight_decay: s.weight_decay,
-            warmup: s.warmup,
+            learning_rate: s.learning_rate as f32,
+            head_learning_rate: s.head_learning_rate() as f32,
+            weight_decay: s.weight_decay as f32,
+            warmup: s.warmup as f32,
             schedule: match s.schedule {
                 Schedule::Linear => quetsch_train::Schedule::Linear,
                 Schedule::Cosine => quetsch_train::Schedule::Cosine,
                 Schedule::Constant => quetsch_train::Schedule::Constant,
             },
-            clip: s.clip,
-            dropout: Dropout { hidden: s.dropout, attention: s.dropout, head: s.head_dropout },
+            clip: s.clip as f32,
+            dropout: Dropout { hidden: s.dropout as f32, attention: s.dropout as f32, head: s.head_dropout as f32 },
             freeze: s.freeze.clone(),
             seed: s.seed.unwrap_or(42),
             threads: self.threads,

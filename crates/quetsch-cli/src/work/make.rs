@@ -52,7 +52,7 @@ fn train(job: &Job, s: &Train, key: &str, ui: &Ui) -> Result<Made> {
     let seed = s.training.seed.unwrap_or(job.seed);
     let start = with_head(&model.checkpoint.to_f32(), kind, corpus.train.names.clone(), seed)?;
     let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
-    let objective = Objective::CrossEntropy { label_smoothing: s.label_smoothing };
+    let objective = Objective::CrossEntropy { label_smoothing: s.label_smoothing as f32 };
     let run = Run { job, corpus: &corpus, encoded: &encoded, model: &model, settings: &s.training, key };
     let (trained, report) = run.fit(&start, objective, ui)?;
     Ok(Made {
@@ -109,7 +109,7 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
 }
 
 fn kd<'a>(s: &Kd, teacher_logits: &'a [f32]) -> Objective<'a> {
-    Objective::Distill { alpha: s.alpha, temperature: s.temperature, teacher_logits }
+    Objective::Distill { alpha: s.alpha as f32, temperature: s.temperature as f32, teacher_logits }
 }
 
 /// Teacher and student must read the same ids and mean the same labels.
@@ -297,14 +297,16 @@ impl Run<'_> {
         let test = corpus::test(self.job.data, &start.labels, ui)?;
         let facts = corpus::facts(self.corpus, test.as_ref());
         ui.note(format!(
-            "{}: {} training sentences, {} for validation, {} labels, {:.2} M parameters; {}",
+            "{}: {} training sentences, {} for validation, {} labels, {:.2} M parameters",
             self.job.id,
             facts.train,
             facts.validation,
             facts.labels,
             start.parameters() as f64 / 1e6,
-            facts.overlap
         ));
+        if facts.overlap != quetsch::data::Overlap::default() {
+            ui.note(format!("{}: {}", self.job.id, facts.overlap));
+        }
         if facts.overlap.leaked_into_test > 0 {
             let n = facts.overlap.leaked_into_test;
             ui.warn(format!("{n} test sentences stand in the training data too: the test accuracy flatters"));
@@ -342,16 +344,17 @@ impl Run<'_> {
         let model = corpus::hash_model(self.job.input(role)?)?;
         let length = self.settings.max_length.to_string();
         let name = corpus::hash_of(&[&model, &self.corpus.hash, &length]);
-        let path = self.job.cache.join(format!("logits-{}.f32", &name[..16]));
+        let cache = self.job.cache.clone().unwrap_or_else(|| self.job.state().join("cache"));
+        let path = cache.join(format!("logits-{}.f32", &name[..16]));
         let expected = self.corpus.train.len() * teacher.spec.head.labels();
         if let Ok(bytes) = std::fs::read(&path)
             && bytes.len() == 4 * expected
         {
+            tracing::info!(path = %path.display(), "teacher logits from the cache");
             return Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect());
         }
         let logits = self.by_parts(teacher, &self.encoded.train, "teacher", ui)?;
-        std::fs::create_dir_all(&self.job.cache)
-            .with_context(|| format!("cannot make {}", self.job.cache.display()))?;
+        std::fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
         let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
         write_file(&path, &bytes)?;
         Ok(logits)

@@ -38,8 +38,8 @@ pub struct Job<'a> {
     pub inputs: BTreeMap<&'static str, PathBuf>,
     /// Its folder.
     pub out: PathBuf,
-    /// Folder for the teacher's logits, shared by the stages of a run.
-    pub cache: PathBuf,
+    /// Folder for the teacher's logits, shared by the stages of a run; without one they live beside the state.
+    pub cache: Option<PathBuf>,
     /// Threads.
     pub threads: usize,
     /// Replace what is there.
@@ -96,6 +96,7 @@ impl Job<'_> {
     pub fn run(&self, ui: &Ui) -> Result<Value> {
         let provenance = self.provenance()?;
         let found = Provenance::read(&self.out);
+        tracing::debug!(id = self.id, key = provenance.key, inputs = ?provenance.inputs, "provenance");
         if found.as_ref().is_some_and(|f| f.key == provenance.key) {
             return self.done_before(ui);
         }
@@ -106,7 +107,7 @@ impl Job<'_> {
         }
         let state = self.state();
         if state.exists() && !self.resume {
-            if !self.force {
+            if state.join("state").exists() && !self.force {
                 let out = self.out.display();
                 anyhow::bail!(
                     "the training of {out} was interrupted: pass --resume to go on, or --force to start again"

@@ -3,9 +3,9 @@
 use super::compare::{Comparison, Plan, compare};
 use super::gate::{self, Gate};
 use super::{Job, pretty};
-use crate::exit::usage;
+use crate::exit::{interrupted, usage};
 use crate::recipe::{Kind, Recipe, Stage};
-use crate::ui::{Ui, duration};
+use crate::ui::{Ui, duration, is_interrupted};
 use anyhow::{Context, Result};
 use quetsch::atomic::write_file;
 use serde_json::{Value, json};
@@ -64,7 +64,7 @@ impl Recipe {
             seed: self.seed,
             inputs,
             out: self.stage_dir(&stage.id),
-            cache: self.out.join("cache"),
+            cache: Some(self.out.join("cache")),
             threads,
             force: options.force,
             resume: options.resume,
@@ -89,9 +89,12 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     }
     let started = Instant::now();
     std::fs::create_dir_all(&recipe.out).with_context(|| format!("cannot make {}", recipe.out.display()))?;
-    write_file(recipe.out.join("recipe.resolved.toml"), recipe.to_toml()?.as_bytes())?;
     let (mut reports, mut comparison) = (vec![], None);
     for stage in stages {
+        if is_interrupted() {
+            let id = &stage.id;
+            return Err(interrupted(format!("interrupted before {id}; run the same command to go on from there")));
+        }
         let job = recipe.job(stage, threads, options);
         match &stage.kind {
             Kind::Eval(_) => reports.push(eval(&job, ui)?),
@@ -116,6 +119,7 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     ui.note(format!("done in {}", duration(seconds)));
     let report = json!({ "seconds": super::round(seconds, 1), "stages": reports });
     write_file(recipe.out.join("report.json"), &pretty(&report)?)?;
+    write_file(recipe.out.join("recipe.resolved.toml"), recipe.to_toml()?.as_bytes())?;
     check_gates(recipe, stages, options, comparison.as_ref(), threads, ui)?;
     Ok(Finished { comparison, report })
 }

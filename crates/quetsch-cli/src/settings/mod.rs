@@ -2,6 +2,10 @@
 //! `quetsch distill --alpha 0.3` and `[stage.distill] alpha = 0.3` are the same thing with the same default and the
 //! same check. Key `max-length` is flag `--max-length`.
 
+mod training;
+
+pub use training::{Kd, KeepEpoch, Schedule, Training};
+
 use crate::values::{Amount, SiteRule};
 use clap::{Args, ValueEnum};
 use quetsch::quant::Scheme;
@@ -95,173 +99,6 @@ impl Settings for Data {
     }
 }
 
-/// How the learning rate falls after the warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Schedule {
-    /// To zero in a straight line over the remaining steps.
-    #[default]
-    Linear,
-    /// To zero along half a cosine.
-    Cosine,
-    /// Not at all.
-    Constant,
-}
-
-/// Which epoch's weights are the result.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum KeepEpoch {
-    /// The last one's.
-    #[default]
-    Last,
-    /// Those with the highest validation accuracy, the earliest of equals.
-    Best,
-}
-
-/// The settings of the one training loop.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
-#[serde(default, rename_all = "kebab-case")]
-pub struct Training {
-    /// Passes over the training data
-    #[arg(long, default_value_t = Training::default().epochs)]
-    pub epochs: usize,
-    /// Sentences per forward and backward
-    #[arg(long, default_value_t = Training::default().batch_size)]
-    pub batch_size: usize,
-    /// Batches whose gradients are summed for one step
-    #[arg(long, default_value_t = Training::default().accumulate)]
-    pub accumulate: usize,
-    /// Highest learning rate of the body
-    #[arg(long, default_value_t = Training::default().learning_rate)]
-    pub learning_rate: f32,
-    /// Highest learning rate of the head [default: 3 times the body's]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub head_learning_rate: Option<f32>,
-    /// Decoupled weight decay; never on biases and LayerNorm
-    #[arg(long, default_value_t = Training::default().weight_decay)]
-    pub weight_decay: f32,
-    /// Share of all steps during which the learning rate rises
-    #[arg(long, default_value_t = Training::default().warmup)]
-    pub warmup: f32,
-    /// How the learning rate falls afterwards
-    #[arg(long, value_enum, default_value_t = Training::default().schedule)]
-    pub schedule: Schedule,
-    /// Largest norm of all gradients together; 0 turns clipping off
-    #[arg(long, default_value_t = Training::default().clip)]
-    pub clip: f32,
-    /// Dropout in the body: hidden states and attention probabilities
-    #[arg(long, default_value_t = Training::default().dropout)]
-    pub dropout: f32,
-    /// Dropout in the classification head
-    #[arg(long, default_value_t = Training::default().head_dropout)]
-    pub head_dropout: f32,
-    /// Leave tensors unchanged whose name contains one of these, such as word_embeddings
-    #[arg(long, value_delimiter = ',', value_name = "NAME")]
-    pub freeze: Vec<String>,
-    /// Longest text in tokens; longer ones are cut
-    #[arg(long, default_value_t = Training::default().max_length)]
-    pub max_length: usize,
-    /// Which epoch's weights are kept
-    #[arg(long, value_enum, default_value_t = Training::default().keep)]
-    pub keep: KeepEpoch,
-    /// Save the training state every so many steps, besides after every epoch; 0 saves after epochs only
-    #[arg(long, default_value_t = Training::default().save_every)]
-    pub save_every: usize,
-    /// Seed of order, dropout and new weights [default: 42]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seed: Option<u64>,
-}
-
-impl Default for Training {
-    fn default() -> Self {
-        Training {
-            epochs: 3,
-            batch_size: 32,
-            accumulate: 1,
-            learning_rate: 1e-4,
-            head_learning_rate: None,
-            weight_decay: 0.01,
-            warmup: 0.1,
-            schedule: Schedule::Linear,
-            clip: 1.0,
-            dropout: 0.1,
-            head_dropout: 0.2,
-            freeze: vec![],
-            max_length: 256,
-            keep: KeepEpoch::Last,
-            save_every: 200,
-            seed: None,
-        }
-    }
-}
-
-impl Training {
-    fn check_into(&self, c: &mut Check) {
-        let finite = |x: f32| x.is_finite() && x >= 0.0;
-        c.error(self.batch_size > 0, "batch-size", || "is 0, must be at least 1".into());
-        c.error(self.accumulate > 0, "accumulate", || "is 0, must be at least 1".into());
-        c.error(self.max_length >= 3, "max-length", || format!("is {}, must be at least 3", self.max_length));
-        c.error(self.learning_rate.is_finite() && self.learning_rate > 0.0, "learning-rate", || {
-            format!("is {}, must be above 0", self.learning_rate)
-        });
-        c.warn(self.learning_rate <= 1e-2, "learning-rate", || {
-            format!("is {}; encoders seldom survive more than 0.001", self.learning_rate)
-        });
-        if let Some(r) = self.head_learning_rate {
-            c.error(r.is_finite() && r > 0.0, "head-learning-rate", || format!("is {r}, must be above 0"));
-        }
-        c.error(finite(self.weight_decay), "weight-decay", || {
-            format!("is {}, must be 0 or more", self.weight_decay)
-        });
-        c.error(finite(self.clip), "clip", || format!("is {}, must be 0 or more", self.clip));
-        c.range("warmup", self.warmup.into(), 0.0, 1.0);
-        for (key, p) in [("dropout", self.dropout), ("head-dropout", self.head_dropout)] {
-            c.error((0.0..1.0).contains(&p), key, || format!("is {p}, must lie in [0, 1)"));
-        }
-    }
-
-    /// The learning rate of the head.
-    pub fn head_learning_rate(&self) -> f32 {
-        self.head_learning_rate.unwrap_or(3.0 * self.learning_rate)
-    }
-}
-
-/// Knowledge distillation from logits: alpha * CE + (1 - alpha) * T^2 * KL(student/T || teacher/T) (Hinton et al.
-/// 2015).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
-#[serde(default, rename_all = "kebab-case")]
-pub struct Kd {
-    /// Weight of the true labels' cross-entropy; the teacher's part has the rest
-    #[arg(long, default_value_t = Kd::default().alpha)]
-    pub alpha: f32,
-    /// Temperature that softens both distributions
-    #[arg(long, default_value_t = Kd::default().temperature)]
-    pub temperature: f32,
-}
-
-impl Default for Kd {
-    fn default() -> Self {
-        Kd { alpha: 0.3, temperature: 3.0 }
-    }
-}
-
-impl Kd {
-    fn check_into(&self, c: &mut Check) {
-        let (a, t) = (self.alpha, self.temperature);
-        c.range("alpha", a.into(), 0.0, 1.0);
-        c.warn(!(0.0..=1.0).contains(&a) || (0.2..=0.5).contains(&a), "alpha", || {
-            format!("is {a}; values from 0.2 to 0.5 usually work best")
-        });
-        c.error(t.is_finite() && t > 0.0, "temperature", || format!("is {t}, must be above 0"));
-        c.warn(!(t.is_finite() && t > 0.0) || (2.0..=4.0).contains(&t), "temperature", || {
-            format!("is {t}; values from 2 to 4 usually work best")
-        });
-    }
-}
-
 /// The classification head put on a body that has none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -286,7 +123,7 @@ pub struct Train {
     pub head: Head,
     /// Share of the target probability spread over all labels
     #[arg(long, default_value_t = 0.0)]
-    pub label_smoothing: f32,
+    pub label_smoothing: f64,
     /// The training loop.
     #[command(flatten)]
     #[serde(flatten)]
@@ -453,7 +290,7 @@ pub struct Quantize {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// Scheme: f32, f16, bf16, int8, bnb-int8, nf4 or fp4
+    /// Scheme: f64, f16, bf16, int8, bnb-int8, nf4 or fp4
     #[arg(long, value_name = "SCHEME", default_value_t = Quantize::default().quant)]
     pub quant: String,
     /// Sites left in float, besides the last linear of the model; `none` quantises that one too
@@ -527,52 +364,4 @@ pub struct Compare {
 impl Settings for Compare {}
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn defaults_are_clean_and_ranges_are_checked() {
-        let errors = |f: Vec<Finding>| f.iter().filter(|f| f.level == Level::Error).count();
-        let distill = |alpha, temperature| Distill { kd: Kd { alpha, temperature }, ..Default::default() };
-        let rows = [
-            (distill(0.3, 3.0), 0, 0),
-            (distill(0.2, 2.0), 0, 0),
-            (distill(0.5, 4.0), 0, 0),
-            (distill(0.1, 3.0), 0, 1),
-            (distill(0.9, 8.0), 0, 2),
-            (distill(1.5, 3.0), 1, 0),
-            (distill(-0.1, 0.0), 2, 0),
-            (distill(f32::NAN, f32::NAN), 2, 0),
-        ];
-        for (settings, e, w) in rows {
-            let found = settings.check();
-            assert_eq!((errors(found.clone()), found.len() - errors(found.clone())), (e, w), "{found:?}");
-        }
-        assert_eq!(errors(Prune::default().check()), 1, "pruning nothing is an error");
-        assert_eq!(Train::default().check(), vec![]);
-    }
-
-    #[test]
-    fn flags_and_keys_have_the_same_defaults() {
-        fn same<T: Settings + PartialEq + std::fmt::Debug + clap::FromArgMatches>() {
-            let command = T::augment_args(clap::Command::new("x").no_binary_name(true));
-            let flags =
-                T::from_arg_matches(&command.get_matches_from(Vec::<String>::new())).expect("defaults parse");
-            assert_eq!(flags, T::default());
-            let keys: T = toml::from_str("").expect("all keys are optional");
-            assert_eq!(keys, T::default());
-            let written = toml::to_string(&T::default()).expect("settings are TOML");
-            for key in toml::from_str::<toml::Table>(&written).expect("own TOML").keys() {
-                assert!(T::keys().contains(key), "{key} is a key without a flag");
-            }
-            assert_eq!(toml::from_str::<T>(&written).expect("round trip"), T::default());
-        }
-        same::<Data>();
-        same::<Train>();
-        same::<Distill>();
-        same::<Prune>();
-        same::<Quantize>();
-        same::<Eval>();
-        same::<Compare>();
-    }
-}
+mod tests;

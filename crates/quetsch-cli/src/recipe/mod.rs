@@ -4,15 +4,19 @@
 //! Every complaint points at its place: line and column of the key in the file, or the flag or environment variable
 //! that overrode it.
 
+mod overrides;
+mod place;
+
 use crate::exit::usage;
 use crate::settings::{Compare, Data, Distill, Eval, Level, Prune, Quantize, Settings, Train};
 use anyhow::{Context, Result};
+use overrides::{Override, from_environment};
+use place::{Step, line_and_column, locate, path};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
-use toml::de::{DeTable, DeValue};
-use toml::{Spanned, Table, Value};
+use toml::de::DeTable;
+use toml::{Table, Value};
 
 /// The keys beside `[data]` and `[[stage]]`.
 const TOP_KEYS: [&str; 4] = ["model", "out", "seed", "threads"];
@@ -84,41 +88,6 @@ pub struct Recipe {
     pub warnings: Vec<String>,
 }
 
-/// A value that a flag or the environment puts over the file's.
-#[derive(Clone, Debug)]
-pub struct Override {
-    /// `model`, `data.train`, `student.alpha`.
-    pub key: String,
-    /// As typed.
-    pub value: String,
-    /// How to name it in messages: `--set student.alpha=2`.
-    pub origin: String,
-}
-
-impl Override {
-    /// From `--set KEY=VALUE`.
-    pub fn from_flag(text: &str) -> Result<Override> {
-        let (key, value) =
-            text.split_once('=').ok_or_else(|| usage(format!("--set {text}: expected KEY=VALUE")))?;
-        Ok(Override {
-            key: key.trim().into(),
-            value: value.trim().into(),
-            origin: format!("--set {}", text.trim()),
-        })
-    }
-}
-
-/// A step on the way to a value.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Step {
-    Key(String),
-    Index(usize),
-}
-
-fn path(steps: &[&str]) -> Vec<Step> {
-    steps.iter().map(|s| Step::Key(s.to_string())).collect()
-}
-
 /// A recipe file with overrides.
 struct Source {
     file: PathBuf,
@@ -152,27 +121,6 @@ pub fn from_text(
         source.lay_over(o, &ids)?;
     }
     source.resolve(&ids)
-}
-
-/// `QUETSCH_SEED`, `QUETSCH_TRAIN`, `QUETSCH_STUDENT_ALPHA` as overrides of `seed`, `data.train`, `student.alpha`.
-fn from_environment(environment: &BTreeMap<String, String>, ids: &[String]) -> Vec<Override> {
-    let upper = |s: &str| s.to_uppercase().replace(['-', '.'], "_");
-    let mut keys: Vec<String> = TOP_KEYS.iter().map(|k| k.to_string()).collect();
-    keys.extend(Data::keys().iter().map(|k| format!("data.{k}")));
-    let mut found = vec![];
-    for (name, value) in environment {
-        let Some(rest) = name.strip_prefix("QUETSCH_") else { continue };
-        let top = keys.iter().find(|k| upper(k.trim_start_matches("data.")) == rest).cloned();
-        let staged = || {
-            let matching = ids.iter().filter_map(|id| Some((id, rest.strip_prefix(&format!("{}_", upper(id)))?)));
-            let (id, key) = matching.max_by_key(|(id, _)| id.len())?;
-            Some(format!("{id}.{}", key.to_lowercase().replace('_', "-")))
-        };
-        if let Some(key) = top.or_else(staged) {
-            found.push(Override { key, value: value.clone(), origin: format!("{name}={value}") });
-        }
-    }
-    found
 }
 
 impl Source {
@@ -491,35 +439,5 @@ impl Recipe {
     }
 }
 
-/// Where the value at `steps` stands: the span of its key, or of the whole for an element of an array.
-fn locate(table: &DeTable, steps: &[Step]) -> Option<Range<usize>> {
-    let [Step::Key(first), rest @ ..] = steps else { return None };
-    let (key, mut value): (_, &Spanned<DeValue>) = table.iter().find(|(k, _)| k.get_ref() == first)?;
-    let mut span = key.span();
-    for step in rest {
-        match (step, value.get_ref()) {
-            (Step::Key(name), DeValue::Table(t)) => {
-                let Some((key, next)) = t.iter().find(|(k, _)| k.get_ref() == name) else { return Some(span) };
-                (span, value) = (key.span(), next);
-            }
-            (Step::Index(i), DeValue::Array(a)) => {
-                let Some(next) = a.get(*i) else { return Some(span) };
-                (span, value) = (next.span(), next);
-            }
-            _ => return Some(span),
-        }
-    }
-    Some(span)
-}
-
-/// `:line:column`, both from 1, the column in characters.
-fn line_and_column(text: &str, span: &Range<usize>) -> String {
-    let before = &text[..text.floor_char_boundary(span.start)];
-    let line = before.matches('\n').count() + 1;
-    let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
-    format!(":{line}:{column}")
-}
-
 #[cfg(test)]
-#[path = "recipe_tests.rs"]
 mod tests;

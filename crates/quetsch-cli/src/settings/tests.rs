@@ -1,0 +1,48 @@
+//! Tests of `settings`.
+
+use super::*;
+
+#[test]
+fn defaults_are_clean_and_ranges_are_checked() {
+    let errors = |f: Vec<Finding>| f.iter().filter(|f| f.level == Level::Error).count();
+    let distill = |alpha, temperature| Distill { kd: Kd { alpha, temperature }, ..Default::default() };
+    let rows = [
+        (distill(0.3, 3.0), 0, 0),
+        (distill(0.2, 2.0), 0, 0),
+        (distill(0.5, 4.0), 0, 0),
+        (distill(0.1, 3.0), 0, 1),
+        (distill(0.9, 8.0), 0, 2),
+        (distill(1.5, 3.0), 1, 0),
+        (distill(-0.1, 0.0), 2, 0),
+        (distill(f64::NAN, f64::NAN), 2, 0),
+    ];
+    for (settings, e, w) in rows {
+        let found = settings.check();
+        assert_eq!((errors(found.clone()), found.len() - errors(found.clone())), (e, w), "{found:?}");
+    }
+    assert_eq!(errors(Prune::default().check()), 1, "pruning nothing is an error");
+    assert_eq!(Train::default().check(), vec![]);
+}
+
+#[test]
+fn flags_and_keys_have_the_same_defaults() {
+    fn same<T: Settings + PartialEq + std::fmt::Debug + clap::FromArgMatches>() {
+        let command = T::augment_args(clap::Command::new("x").no_binary_name(true));
+        let flags = T::from_arg_matches(&command.get_matches_from(Vec::<String>::new())).expect("defaults parse");
+        assert_eq!(flags, T::default());
+        let keys: T = toml::from_str("").expect("all keys are optional");
+        assert_eq!(keys, T::default());
+        let written = toml::to_string(&T::default()).expect("settings are TOML");
+        for key in toml::from_str::<toml::Table>(&written).expect("own TOML").keys() {
+            assert!(T::keys().contains(key), "{key} is a key without a flag");
+        }
+        assert_eq!(toml::from_str::<T>(&written).expect("round trip"), T::default());
+    }
+    same::<Data>();
+    same::<Train>();
+    same::<Distill>();
+    same::<Prune>();
+    same::<Quantize>();
+    same::<Eval>();
+    same::<Compare>();
+}

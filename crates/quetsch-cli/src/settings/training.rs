@@ -1,0 +1,172 @@
+//! The settings that every training shares: the loop's and distillation's.
+
+use super::Check;
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// How the learning rate falls after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// To zero in a straight line over the remaining steps.
+    #[default]
+    Linear,
+    /// To zero along half a cosine.
+    Cosine,
+    /// Not at all.
+    Constant,
+}
+
+/// Which epoch's weights are the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeepEpoch {
+    /// The last one's.
+    #[default]
+    Last,
+    /// Those with the highest validation accuracy, the earliest of equals.
+    Best,
+}
+
+/// The settings of the one training loop.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Training {
+    /// Passes over the training data
+    #[arg(long, default_value_t = Training::default().epochs)]
+    pub epochs: usize,
+    /// Sentences per forward and backward
+    #[arg(long, default_value_t = Training::default().batch_size)]
+    pub batch_size: usize,
+    /// Batches whose gradients are summed for one step
+    #[arg(long, default_value_t = Training::default().accumulate)]
+    pub accumulate: usize,
+    /// Highest learning rate of the body
+    #[arg(long, default_value_t = Training::default().learning_rate)]
+    pub learning_rate: f64,
+    /// Highest learning rate of the head [default: 3 times the body's]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub head_learning_rate: Option<f64>,
+    /// Decoupled weight decay; never on biases and LayerNorm
+    #[arg(long, default_value_t = Training::default().weight_decay)]
+    pub weight_decay: f64,
+    /// Share of all steps during which the learning rate rises
+    #[arg(long, default_value_t = Training::default().warmup)]
+    pub warmup: f64,
+    /// How the learning rate falls afterwards
+    #[arg(long, value_enum, default_value_t = Training::default().schedule)]
+    pub schedule: Schedule,
+    /// Largest norm of all gradients together; 0 turns clipping off
+    #[arg(long, default_value_t = Training::default().clip)]
+    pub clip: f64,
+    /// Dropout in the body: hidden states and attention probabilities
+    #[arg(long, default_value_t = Training::default().dropout)]
+    pub dropout: f64,
+    /// Dropout in the classification head
+    #[arg(long, default_value_t = Training::default().head_dropout)]
+    pub head_dropout: f64,
+    /// Leave tensors unchanged whose name contains one of these, such as word_embeddings
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    pub freeze: Vec<String>,
+    /// Longest text in tokens; longer ones are cut
+    #[arg(long, default_value_t = Training::default().max_length)]
+    pub max_length: usize,
+    /// Which epoch's weights are kept
+    #[arg(long, value_enum, default_value_t = Training::default().keep)]
+    pub keep: KeepEpoch,
+    /// Save the training state every so many steps, besides after every epoch; 0 saves after epochs only
+    #[arg(long, default_value_t = Training::default().save_every)]
+    pub save_every: usize,
+    /// Seed of order, dropout and new weights [default: 42]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+}
+
+impl Default for Training {
+    fn default() -> Self {
+        Training {
+            epochs: 3,
+            batch_size: 32,
+            accumulate: 1,
+            learning_rate: 1e-4,
+            head_learning_rate: None,
+            weight_decay: 0.01,
+            warmup: 0.1,
+            schedule: Schedule::Linear,
+            clip: 1.0,
+            dropout: 0.1,
+            head_dropout: 0.2,
+            freeze: vec![],
+            max_length: 256,
+            keep: KeepEpoch::Last,
+            save_every: 200,
+            seed: None,
+        }
+    }
+}
+
+impl Training {
+    pub(super) fn check_into(&self, c: &mut Check) {
+        let finite = |x: f64| x.is_finite() && x >= 0.0;
+        c.error(self.batch_size > 0, "batch-size", || "is 0, must be at least 1".into());
+        c.error(self.accumulate > 0, "accumulate", || "is 0, must be at least 1".into());
+        c.error(self.max_length >= 3, "max-length", || format!("is {}, must be at least 3", self.max_length));
+        c.error(self.learning_rate.is_finite() && self.learning_rate > 0.0, "learning-rate", || {
+            format!("is {}, must be above 0", self.learning_rate)
+        });
+        c.warn(self.learning_rate <= 1e-2, "learning-rate", || {
+            format!("is {}; encoders seldom survive more than 0.001", self.learning_rate)
+        });
+        if let Some(r) = self.head_learning_rate {
+            c.error(r.is_finite() && r > 0.0, "head-learning-rate", || format!("is {r}, must be above 0"));
+        }
+        c.error(finite(self.weight_decay), "weight-decay", || {
+            format!("is {}, must be 0 or more", self.weight_decay)
+        });
+        c.error(finite(self.clip), "clip", || format!("is {}, must be 0 or more", self.clip));
+        c.range("warmup", self.warmup, 0.0, 1.0);
+        for (key, p) in [("dropout", self.dropout), ("head-dropout", self.head_dropout)] {
+            c.error((0.0..1.0).contains(&p), key, || format!("is {p}, must lie in [0, 1)"));
+        }
+    }
+
+    /// The learning rate of the head.
+    pub fn head_learning_rate(&self) -> f64 {
+        self.head_learning_rate.unwrap_or(3.0 * self.learning_rate)
+    }
+}
+
+/// Knowledge distillation from logits: alpha * CE + (1 - alpha) * T^2 * KL(student/T || teacher/T) (Hinton et al.
+/// 2015).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Kd {
+    /// Weight of the true labels' cross-entropy; the teacher's part has the rest
+    #[arg(long, default_value_t = Kd::default().alpha)]
+    pub alpha: f64,
+    /// Temperature that softens both distributions
+    #[arg(long, default_value_t = Kd::default().temperature)]
+    pub temperature: f64,
+}
+
+impl Default for Kd {
+    fn default() -> Self {
+        Kd { alpha: 0.3, temperature: 3.0 }
+    }
+}
+
+impl Kd {
+    pub(super) fn check_into(&self, c: &mut Check) {
+        let (a, t) = (self.alpha, self.temperature);
+        c.range("alpha", a, 0.0, 1.0);
+        c.warn(!(0.0..=1.0).contains(&a) || (0.2..=0.5).contains(&a), "alpha", || {
+            format!("is {a}; values from 0.2 to 0.5 usually work best")
+        });
+        c.error(t.is_finite() && t > 0.0, "temperature", || format!("is {t}, must be above 0"));
+        c.warn(!(t.is_finite() && t > 0.0) || (2.0..=4.0).contains(&t), "temperature", || {
+            format!("is {t}; values from 2 to 4 usually work best")
+        });
+    }
+}

@@ -1,0 +1,219 @@
+//! What works: every command on a tiny model.
+
+mod common;
+
+use common::Place;
+use serde_json::Value;
+
+const RECIPE: &str = r#"
+model = "model"
+out = "out"
+[data]
+train = "train.csv"
+test = "test.csv"
+[[stage]]
+[stage.train]
+id = "teacher"
+epochs = 2
+[[stage]]
+[stage.distill]
+id = "student"
+layers = [0, 1]
+epochs = 1
+[[stage]]
+[stage.prune]
+heads = 1
+ffn = 0.25
+epochs = 1
+[[stage]]
+[stage.quantize]
+id = "int8"
+[[stage]]
+[stage.quantize]
+id = "nf4"
+quant = "nf4"
+[[stage]]
+[stage.eval]
+[[stage]]
+[stage.compare]
+"#;
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+#[test]
+fn help_names_the_commands_that_exist() {
+    let help = Place::new().ok("--help").stdout;
+    for command in [
+        "demo",
+        "run",
+        "train",
+        "distill",
+        "prune",
+        "quantize",
+        "eval",
+        "compare",
+        "predict",
+        "bench",
+        "inspect",
+        "export",
+        "init",
+        "completions",
+        "man",
+    ] {
+        assert!(help.contains(&format!("\n  {command} ")), "{command} is not in the help:\n{help}");
+    }
+    assert!(!help.contains("serve"));
+    assert!(Place::new().ok("completions bash").stdout.contains("quetsch"));
+    assert!(Place::new().ok("man").stdout.contains(".TH"));
+}
+
+#[test]
+fn predict_prints_every_format() {
+    let place = Place::new();
+    let done = place.ok("predict --model model hello --format json --logits");
+    let answers = json(&done.stdout);
+    let first = &answers[0];
+    assert_eq!(first["text"], "hello");
+    let scores: Vec<f64> =
+        first["predictions"].as_array().expect("a list").iter().filter_map(|p| p["score"].as_f64()).collect();
+    assert_eq!(scores.len(), 3, "Top-3 by default");
+    assert!(scores.windows(2).all(|w| w[0] >= w[1]), "falling: {scores:?}");
+    assert_eq!(first["logits"].as_array().map(Vec::len), Some(5));
+
+    place.write("texts.txt", b"one\ntwo, three\n");
+    let lines = place.ok("predict --model model --input texts.txt --format jsonl --top-k 1").stdout;
+    assert_eq!(lines.lines().map(|l| json(l)["text"].clone()).collect::<Vec<_>>(), ["one", "two, three"]);
+    let csv = place.ok("predict --model model --input texts.txt --format csv --top-k 1").stdout;
+    assert!(csv.starts_with("text,label_1,score_1\none,"), "{csv}");
+    assert!(csv.contains("\"two, three\""), "{csv}");
+
+    let mut command = place.command();
+    let piped = command.args(["predict", "--model", "model", "--format", "jsonl"]).write_stdin("a\nb\n").output();
+    let piped = piped.expect("runs");
+    assert_eq!(String::from_utf8_lossy(&piped.stdout).lines().count(), 2);
+
+    let human = place.ok("predict --model model hello").stdout;
+    assert!(human.starts_with("hello\n  1. "), "{human}");
+    let fewer = place.command().env("QUETSCH_TOP_K", "1").args(["predict", "--model", "model", "hello"]).output();
+    assert_eq!(String::from_utf8_lossy(&fewer.expect("runs").stdout).lines().count(), 2, "the environment counts");
+}
+
+#[test]
+fn a_recipe_runs_once_and_is_then_done() {
+    let place = Place::new();
+    place.write("r.toml", RECIPE.as_bytes());
+    let plan = place.ok("run r.toml --dry-run").stdout;
+    assert!(plan.contains("teacher (train): will run") && !place.path("out").exists(), "{plan}");
+
+    place.ok("run r.toml --until student");
+    assert!(place.path("out/student/model.safetensors").exists() && !place.path("out/prune").exists());
+    let first = place.ok("run r.toml");
+    assert!(first.stdout.contains("teacher: ") && first.stdout.contains("nothing to do"), "{}", first.stdout);
+    assert!(first.stdout.contains("TF-IDF baseline"), "{}", first.stdout);
+    for file in
+        ["model.safetensors", "config.json", "tokenizer.json", "provenance.json", "report.json", "metrics.jsonl"]
+    {
+        assert!(place.path("out/student").join(file).exists(), "{file}");
+    }
+    for file in ["out/prune/plan.json", "out/recipe.resolved.toml", "out/report.json", "out/compare/report.html"] {
+        assert!(place.path(file).exists(), "{file}");
+    }
+    let before = place.read("out/int8/model.safetensors");
+    let again = place.ok("run r.toml --format json");
+    assert_eq!(again.stderr.matches("==").count(), 0, "nothing runs twice: {}", again.stderr);
+    let report = json(&again.stdout);
+    let stages = report["stages"].as_array().expect("stages");
+    assert_eq!(stages.len(), 7);
+    let variants = stages[6]["comparison"]["variants"].as_array().expect("variants");
+    assert_eq!(variants[3]["parent"], "prune", "int8 is compared with what it was made from");
+    assert!(variants[0]["latency_ms"]["p50"].as_f64().is_some() && variants[0]["accuracy"].as_f64().is_some());
+
+    let other = place.run("run r.toml --set student.alpha=0.4");
+    assert_eq!(other.code, 1);
+    assert!(other.stderr.contains("alpha was 0.3, is 0.4") && other.stderr.contains("--force"), "{}", other.stderr);
+    assert_eq!(place.read("out/int8/model.safetensors"), before);
+
+    let resolved = place.ok("run out/recipe.resolved.toml");
+    assert!(!resolved.stderr.contains("=="), "the resolved recipe is the same recipe: {}", resolved.stderr);
+    let gate = place.run("run r.toml --gate accuracy>=101%");
+    assert_eq!(gate.code, 3, "{}", gate.stderr);
+    place.ok("run r.toml --gate accuracy>=0%");
+}
+
+#[test]
+fn the_same_command_makes_the_same_bytes() {
+    let place = Place::new();
+    for out in ["a", "b"] {
+        place.ok(&format!("train --model model --train train.csv --epochs 2 --threads 2 --out {out}"));
+    }
+    for file in ["model.safetensors", "config.json", "provenance.json", "metrics.jsonl"] {
+        assert_eq!(place.read(&format!("a/{file}")), place.read(&format!("b/{file}")), "{file}");
+    }
+    place.ok("train --model model --train train.csv --epochs 2 --validation 0.5 --keep best --out c");
+}
+
+#[test]
+fn a_killed_training_resumes_to_the_same_bytes() {
+    let place = Place::new();
+    let line = "train --model model --train train.csv --epochs 150 --batch-size 2 --save-every 7 --threads 1 --out";
+    place.ok(&format!("{line} whole"));
+    let mut killed = std::process::Command::new(env!("CARGO_BIN_EXE_quetsch"))
+        .current_dir(place.path("."))
+        .args(line.split_whitespace().chain(["broken"]))
+        .stderr(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("starts");
+    let state = place.path(".broken.training/state/state.safetensors");
+    let start = std::time::Instant::now();
+    while !state.exists() && start.elapsed().as_secs() < 60 {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    killed.kill().expect("kill -9");
+    killed.wait().expect("it is gone");
+    assert!(!place.path("broken").exists(), "killed before the end");
+    let plain = place.run(&format!("{line} broken"));
+    assert_eq!(plain.code, 1);
+    assert!(plain.stderr.contains("--resume") && plain.stderr.contains("--force"), "{}", plain.stderr);
+    let resumed = place.ok(&format!("{line} broken --resume"));
+    assert!(resumed.stderr.contains("going on after step"), "{}", resumed.stderr);
+    for file in ["model.safetensors", "metrics.jsonl", "provenance.json"] {
+        assert_eq!(place.read(&format!("whole/{file}")), place.read(&format!("broken/{file}")), "{file}");
+    }
+    assert!(!place.path(".broken.training").exists(), "the state is gone when it is not needed");
+}
+
+#[test]
+fn small_commands() {
+    let place = Place::new();
+    let inspect = json(&place.ok("inspect model --format json").stdout);
+    assert_eq!(inspect["layers"][0]["pruned_heads"], serde_json::json!([1, 3]));
+    let eval = json(&place.ok("eval --model model --data test.csv --format json").stdout);
+    assert_eq!(eval["n"], 5);
+    let bench = json(&place.ok("bench --model model --samples 20 --format json").stdout);
+    assert!(bench["latency_ms"]["p99"].as_f64() >= bench["latency_ms"]["p50"].as_f64());
+    place.ok("export --model model --to hf --layout dense --out dense");
+    let dense = json(&place.ok("inspect dense --format json").stdout);
+    assert_eq!(dense["layers"][0]["pruned_heads"], serde_json::json!([]));
+    let logits = |dir: &str| {
+        let done = place.ok(&format!("predict --model {dir} hello --logits --format json"));
+        json(&done.stdout)[0]["logits"]
+            .as_array()
+            .expect("logits")
+            .iter()
+            .filter_map(Value::as_f64)
+            .collect::<Vec<_>>()
+    };
+    for (a, b) in logits("model").iter().zip(logits("dense")) {
+        assert!((a - b).abs() < 1e-5, "the dense layout computes the same: {a} {b}");
+    }
+    place.ok("export --model model --to bnb-nf4 --out four");
+    let four = json(&place.ok("inspect four --format json").stdout);
+    assert_eq!((&four["sites"]["layer.0.query"], &four["sites"]["head.4"]), (&"nf4".into(), &"f32".into()));
+    place.ok("init train.csv --model model --test test.csv");
+    place.ok("run quetsch.toml --dry-run");
+    let html = place.ok("compare model dense --data test.csv --no-speed --report r.html");
+    assert!(html.stdout.contains("dense") && place.read("r.html").starts_with(b"<!doctype html>"));
+}

@@ -112,6 +112,7 @@ pub fn attention_keep(
 /// The backward of [`attention_keep`]. With C = D(P) V and P = softmax(S): dV = D(P)^T dC,
 /// dP = D(dC V^T) (+ `dprobs`, the gradient that reaches P by another way), dS = P (dP - rowsum(dP P)),
 /// dQ = dS K / sqrt(dim), dK = dS^T Q / sqrt(dim). `dqkv` is overwritten.
+#[allow(clippy::too_many_arguments)] // its tensors
 pub fn attention_back(
     qkv: &[f32],
     heads: Heads,

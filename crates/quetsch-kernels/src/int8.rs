@@ -170,6 +170,7 @@ mod vnni {
     }
 
     #[inline]
+    #[allow(clippy::needless_range_loop)] // r and j name rows and panels of several arrays
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     fn block<const R: usize, const P: usize>(p: &Product, first: usize, panel: usize, out: &mut [f32]) {
         let (k, quads, n) = (p.k, p.k.div_ceil(4), p.scale.len());

@@ -1,7 +1,7 @@
 //! Numbers on slices: every loop over floats and integers that Quetsch is judged by, and the only home of its `unsafe`.
 //!
 //! Matrices are row-major slices. Sentences are ragged: `starts[i]..starts[i + 1]` are the rows of sentence `i`.
-//! Elementwise kernels are written once as plain Rust and compiled for several instruction sets by [`isa::kernel`];
+//! Elementwise kernels are written once as plain Rust and compiled for several instruction sets by `isa::kernel!`;
 //! they use no fused multiply-add, so that every tier gives the same bits. f32 matrix products come from the `gemm`
 //! crate.
 

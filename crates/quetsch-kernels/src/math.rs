@@ -143,7 +143,7 @@ kernel! {
 }
 
 kernel! {
-    /// into[c] += sum over rows of x[:, c].
+    /// `into[c] += sum over rows of x[:, c]`.
     pub fn add_column_sums(x: &[f32], into: &mut [f32]) {
         if into.is_empty() {
             return;
@@ -215,14 +215,20 @@ mod tests {
 
     #[test]
     fn bf16_rounds_to_even() {
-        let rows =
-            [(1.0, 1.0), (1.003_906_25, 1.0), (1.011_718_75, 1.015_625), (-1.003_906_25, -1.0), (3.0e38, 3.0e38)];
+        let half = 1.0 / 256.0; // of the distance between neighbours above 1
+        let rows = [
+            (1.0, 1.0),
+            (1.0 + half, 1.0),
+            (1.0 + 3.0 * half, 1.0 + 4.0 * half),
+            (-1.0 - half, -1.0),
+            (3.0e38, 3.0e38),
+        ];
         for (x, want) in rows {
             assert!((bf16(x) - want).abs() <= want.abs() * 0.004, "{x} -> {}", bf16(x));
             assert_eq!(bf16(x).to_bits() & 0xffff, 0);
         }
-        assert_eq!(bf16(1.003_906_25), 1.0);
-        assert_eq!(bf16(1.011_718_75), 1.015_625);
+        assert_eq!(bf16(1.0 + half), 1.0);
+        assert_eq!(bf16(1.0 + 3.0 * half), 1.0 + 4.0 * half);
         assert!(bf16(f32::NAN).is_nan());
     }
 

@@ -23,7 +23,7 @@ pub struct Tables<'a> {
 }
 
 kernel! {
-    /// out[t] = (word[ids[t]] + token_type[types[t]]) + position[positions[t]]: the order of transformers.
+    /// `out[t] = (word[ids[t]] + token_type[types[t]]) + position[positions[t]]`: the order of transformers.
     pub fn embed(tables: Tables, ids: &[u32], types: &[u32], positions: &[u32], out: &mut [f32]) {
         let row = |table: &'_ [f32], i: u32| -> std::ops::Range<usize> {
             let start = i as usize * tables.width;
@@ -42,7 +42,7 @@ kernel! {
 }
 
 kernel! {
-    /// out[s] = mean of the sentence's rows, or its first row.
+    /// `out[s]` = mean of the sentence's rows, or its first row.
     pub fn pool(how: Pool, x: &[f32], width: usize, starts: &[usize], out: &mut [f32]) {
         for (s, out) in starts.windows(2).zip(out.chunks_exact_mut(width)) {
             out.copy_from_slice(&x[s[0] * width..(s[0] + 1) * width]);
@@ -125,7 +125,7 @@ fn finalise(x: u32) -> u32 {
 }
 
 kernel! {
-    /// x[c] *= factor(key, c); used forward and backward alike.
+    /// `x[c] *= factor(key, c)`; used forward and backward alike.
     pub fn dropout(x: &mut [f32], how: Dropout, key: u64) {
         x.iter_mut().enumerate().for_each(|(c, v)| *v *= how.factor(key, c as u32));
     }

@@ -1,6 +1,6 @@
 //! Training for Quetsch: a tape over the coarse ops of [`quetsch::ops`], AdamW, and one loop.
 //!
-//! Fine-tuning, distillation and recovery after pruning differ in the [`Objective`], never in the loop ([`fit`]).
+//! Fine-tuning, distillation and recovery after pruning differ in the [`Objective`], never in the loop ([`fit()`]).
 //! Read [`tape`] first: each op's backward stands beside its forward.
 
 pub mod fit;

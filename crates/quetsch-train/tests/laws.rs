@@ -1,5 +1,7 @@
 //! The tape against finite differences and the runtime; the loop's laws.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too
+
 mod common;
 
 use common::{lively, sentences, settings, uneven, worst};

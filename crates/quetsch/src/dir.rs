@@ -122,7 +122,7 @@ pub fn write(path: impl AsRef<Path>, model: &ModelDir, force: bool) -> Result<()
 /// Writes a model directory's files into a folder in the making.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_into(folder: &Folder, model: &ModelDir) -> Result<()> {
     let config = config::render(&model.checkpoint)?;
     let mut json =

@@ -1,6 +1,8 @@
 //! Byte equality with bitsandbytes 0.50.2 on a CPU. `fixtures/bnb_vectors.safetensors`: single matrices through its
 //! functions; `fixtures/bnb/*`: `fixtures/tiny_student` quantised by transformers 4.57.6.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too
+
 use quetsch::checkpoint::{FloatType, Stored};
 use quetsch::dir::{self, ModelDir};
 use quetsch::quant::{Absmax, Compute, FourBit, FourBitKind, FourBitOptions, Int8Input, Int8Rows, Scheme};

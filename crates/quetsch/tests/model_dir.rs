@@ -1,5 +1,7 @@
 //! Model directories: what is written reads back, what transformers wrote reads, what is broken is one clear error.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too
+
 use proptest::prelude::*;
 use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::config;

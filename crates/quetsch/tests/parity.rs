@@ -1,5 +1,7 @@
 //! Whole classifiers, text in, logits out, against what transformers and bitsandbytes wrote (scripts/make_fixtures.py).
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too
+
 use quetsch::checkpoint::Stored;
 use quetsch::dir;
 use quetsch::metrics::top_k;

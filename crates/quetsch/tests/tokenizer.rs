@@ -1,5 +1,7 @@
 //! Token ids as transformers 4.57.6 gives them (`fixtures/*_expected.json`), and tokenizers made here.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too
+
 use quetsch::batch::Encoding;
 use quetsch::dir;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles, train_wordpiece};
@@ -10,7 +12,10 @@ fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
 }
 
-fn expected(name: &str) -> (usize, Vec<(String, Option<String>, Vec<u32>, Vec<u32>)>) {
+/// Text, its pair, ids, types.
+type Case = (String, Option<String>, Vec<u32>, Vec<u32>);
+
+fn expected(name: &str) -> (usize, Vec<Case>) {
     let json: Value = serde_json::from_slice(&std::fs::read(fixture(name)).unwrap()).unwrap();
     let ids = |v: &Value| v.as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect::<Vec<_>>();
     let text = |v: &Value| v.as_str().map(str::to_owned);

@@ -1,4 +1,5 @@
 //! Fixtures and small models for the tests of training.
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too
 #![allow(dead_code)] // each test file uses its share
 
 use quetsch::batch::Encoding;

@@ -227,7 +227,8 @@ fn a_plan_is_for_its_parent_only() {
         let error = apply(wrong, &good).unwrap_err().to_string();
         assert!(error.contains("made for a parent with"), "{error}");
     }
-    let edits: [(&str, fn(&mut Plan)); 4] = [
+    type Edit = fn(&mut Plan);
+    let edits: [(&str, Edit); 4] = [
         ("version 9, expected 1", |p| p.version = 9),
         ("heads of 1 layers", |p| p.heads.truncate(1)),
         ("head 0 stands after 2", |p| p.heads[0] = vec![2, 0]),

@@ -53,7 +53,7 @@ pub enum Compute {
 pub enum Absmax {
     /// One f32 per block.
     Plain(Vec<f32>),
-    /// Double quantisation: scale = dynamic_map[code] * nested_absmax[block / nested_block] + offset.
+    /// Double quantisation: `scale = dynamic_map[code] * nested_absmax[block / nested_block] + offset`.
     Nested {
         /// 8-bit code per block.
         codes: Vec<u8>,
@@ -234,7 +234,7 @@ impl FourBit {
         FourBit { kind, map: map.to_vec(), packed, len: w.len(), block: BLOCK, absmax, source, compute }
     }
 
-    /// code[nibble] * absmax in f32, rounded to the source type. `[len]`
+    /// `code[nibble] * absmax` in f32, rounded to the source type. `[len]`
     pub fn dequantise(&self) -> Vec<f32> {
         let value = |i: usize| {
             let byte = self.packed[i / 2];

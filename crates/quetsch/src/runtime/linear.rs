@@ -202,9 +202,7 @@ fn panels(
     for first in (0..n).step_by(PANEL) {
         let width = PANEL.min(n - first);
         four_bit::decode(&w.packed, w.block, first * k..(first + width) * k, table, &mut rows);
-        for (c, row) in rows[..width * k].chunks_exact(k.max(1)).enumerate() {
-            row.iter().enumerate().for_each(|(i, v)| panel[i * width + c] = *v);
-        }
+        four_bit::transpose(&rows, width, k, &mut panel);
         matmul(Size { m, n: width, k }, &x[..m * k], &panel[..width * k], &mut out[first..], stride);
         for r in 0..m {
             let row = &mut out[r * stride + first..][..width];

@@ -1,0 +1,220 @@
+//! House rules that a program can see: layers, file lengths, where `unsafe` stands, licences. The tests below run them
+//! in `cargo test --workspace`.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The floor of every crate. A crate may depend on lower floors only, so neighbours on one floor never meet.
+const FLOORS: [(&str, u8); 5] =
+    [("quetsch-kernels", 0), ("quetsch", 1), ("quetsch-train", 2), ("quetsch-cli", 3), ("xtask", 4)];
+
+/// A file longer than the first is a question (printed), longer than the second an error. Tests and benches apart.
+const LINES: (usize, usize) = (500, 800);
+
+/// The crate whose business is `unsafe`, and the files outside it that may say it, with how often.
+const UNSAFE_HOME: &str = "crates/quetsch-kernels";
+const UNSAFE_ELSEWHERE: [(&str, usize); 1] = [("crates/quetsch/src/dir/shards.rs", 1)]; // the memory map
+
+/// What a dependency's licence may be. Of "A OR B" one suffices, of "A AND B" all count.
+const LICENCES: [&str; 11] = [
+    "0BSD",
+    "Apache-2.0",
+    "Apache-2.0 WITH LLVM-exception",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CC0-1.0",
+    "ISC",
+    "MIT",
+    "Unicode-3.0",
+    "Zlib",
+];
+
+/// Layers, lengths and `unsafe`.
+pub fn check(root: &Path) -> Result<()> {
+    let faults = [layers(root)?, lengths(root)?, unsafe_code(root)?].concat();
+    ensure!(faults.is_empty(), "house rules:\n  {}", faults.join("\n  "));
+    Ok(())
+}
+
+fn layers(root: &Path) -> Result<Vec<String>> {
+    let metadata = metadata(root, &["--no-deps", "--offline"])?;
+    let floor = |name: &str| FLOORS.iter().find(|(n, _)| *n == name).map(|(_, floor)| *floor);
+    let mut faults = vec![];
+    for package in list(&metadata["packages"]) {
+        let name = text(&package["name"]);
+        let Some(own) = floor(name) else {
+            faults.push(format!("crate {name} has no floor in xtask/src/house.rs"));
+            continue;
+        };
+        let below = list(&package["dependencies"]).iter().map(|d| text(&d["name"]));
+        for (other, at) in below.filter_map(|d| Some((d, floor(d)?))) {
+            if at >= own {
+                faults
+                    .push(format!("{name} (floor {own}) depends on {other} (floor {at}): arrows point down only"));
+            }
+        }
+    }
+    Ok(faults)
+}
+
+fn lengths(root: &Path) -> Result<Vec<String>> {
+    let mut faults = vec![];
+    for file in sources(root)? {
+        let apart = file.iter().any(|part| part == "tests" || part == "benches");
+        let lines = fs::read_to_string(root.join(&file))?.lines().count();
+        match lines {
+            n if apart || n <= LINES.0 => {}
+            n if n <= LINES.1 => eprintln!("{}: {n} lines; should it be two files?", file.display()),
+            n => faults.push(format!("{}: {n} lines, at most {}", file.display(), LINES.1)),
+        }
+    }
+    Ok(faults)
+}
+
+fn unsafe_code(root: &Path) -> Result<Vec<String>> {
+    let mut faults = vec![];
+    for file in sources(root)?.iter().filter(|f| !f.starts_with(UNSAFE_HOME) && !f.starts_with("xtask")) {
+        let text = fs::read_to_string(root.join(file))?;
+        let found = text.lines().filter(|line| says_unsafe(line)).count();
+        let allowed = UNSAFE_ELSEWHERE.iter().find(|(f, _)| file == Path::new(f)).map_or(0, |(_, n)| *n);
+        if found != allowed {
+            faults.push(format!("{}: {found} lines with unsafe, listed are {allowed}", file.display()));
+        }
+    }
+    Ok(faults)
+}
+
+/// Whether a line of code (its comment apart) has the keyword.
+fn says_unsafe(line: &str) -> bool {
+    let code = line.split("//").next().unwrap_or(line);
+    code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe")
+}
+
+/// Every dependency of every platform comes from the registry under a licence of the list.
+pub fn licences(root: &Path) -> Result<()> {
+    let metadata = metadata(root, &["--locked"])?;
+    let mut faults = vec![];
+    for package in list(&metadata["packages"]) {
+        let (name, licence) = (text(&package["name"]), text(&package["license"]));
+        if !allowed(licence) {
+            faults.push(format!("{name}: licence {licence:?} is not in the list of xtask/src/house.rs"));
+        }
+        if !package["source"].is_null() && !text(&package["source"]).starts_with("registry+") {
+            faults.push(format!("{name} comes from {}, not from the registry", text(&package["source"])));
+        }
+    }
+    ensure!(faults.is_empty(), "dependencies:\n  {}", faults.join("\n  "));
+    Ok(())
+}
+
+/// Good enough for the expressions in use: "A OR B", "A/B" (old style), "(A OR B) AND C".
+fn allowed(licence: &str) -> bool {
+    let all = |part: &str| {
+        part.split(['(', ')'])
+            .map(|p| p.trim().trim_matches('/').trim())
+            .all(|p| p.is_empty() || LICENCES.contains(&p))
+    };
+    licence
+        .split(" AND ")
+        .all(|term| term.replace('/', " OR ").split(" OR ").any(|choice| !choice.trim().is_empty() && all(choice)))
+}
+
+fn metadata(root: &Path, args: &[&str]) -> Result<Value> {
+    let out = crate::cargo(["metadata", "--format-version", "1"]).args(args).current_dir(root).output()?;
+    if !out.status.success() {
+        bail!("cargo metadata: {}", String::from_utf8_lossy(&out.stderr));
+    }
+    serde_json::from_slice(&out.stdout).context("what cargo metadata printed")
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or("")
+}
+
+/// Every Rust file, relative to `root`.
+fn sources(root: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = vec![];
+    let mut folders = vec![root.join("crates"), root.join("xtask")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                found.push(path.strip_prefix(root)?.to_path_buf());
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrows_point_down_only() {
+        assert_eq!(layers(crate::root()).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn no_file_is_too_long() {
+        assert_eq!(lengths(crate::root()).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn unsafe_stands_where_it_is_listed() {
+        assert_eq!(unsafe_code(crate::root()).unwrap(), Vec::<String>::new());
+    }
+
+    /// The code in the READMEs is that of an example, which the compiler sees.
+    #[test]
+    fn readme_code_is_the_examples() {
+        let read = |file: &str| fs::read_to_string(crate::root().join(file)).unwrap();
+        let example = read("crates/quetsch/examples/classify.rs").replace("\n    ", "\n");
+        for file in ["README.md", "README.zh-CN.md"] {
+            let readme = read(file);
+            let code = readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+            assert!(example.contains(code), "{file}: not in classify.rs:\n{code}");
+        }
+    }
+
+    #[test]
+    fn the_keyword_is_seen_in_code_only() {
+        let rows = [
+            ("let x = unsafe { f() };", true),
+            ("unsafe fn f() {}", true),
+            ("// unsafe is elsewhere", false),
+            ("#[allow(unsafe_code)]", false),
+            ("let x = 1; // not unsafe", false),
+        ];
+        for (line, want) in rows {
+            assert_eq!(says_unsafe(line), want, "{line}");
+        }
+    }
+
+    #[test]
+    fn licence_expressions_are_read() {
+        let rows = [
+            ("MIT OR Apache-2.0", true),
+            ("MIT/Apache-2.0", true),
+            ("(MIT OR Apache-2.0) AND Unicode-3.0", true),
+            ("Apache-2.0 WITH LLVM-exception OR MIT", true),
+            ("GPL-3.0-only OR MIT", true),
+            ("MIT AND GPL-3.0-only", false),
+            ("GPL-3.0-only", false),
+            ("", false),
+        ];
+        for (licence, want) in rows {
+            assert_eq!(allowed(licence), want, "{licence:?}");
+        }
+    }
+}

@@ -283,12 +283,14 @@ pub fn fit(
                 return Err(FitError::Interrupted { step: adamw.step, steps });
             }
         }
+        let checkpoint = params.to_checkpoint(start)?;
+        let mean = mean.scaled(1.0 / counted.max(1) as f64);
+        // The caller first: killed in between, the end of the epoch comes again, and nothing it keeps is missed.
+        let heard = on(Event::Epoch { epoch: epoch + 1, epochs: s.epochs, checkpoint: &checkpoint, mean });
         if let Some(state) = state {
             state.save(&params, &adamw)?;
         }
-        let checkpoint = params.to_checkpoint(start)?;
-        let mean = mean.scaled(1.0 / counted.max(1) as f64);
-        if on(Event::Epoch { epoch: epoch + 1, epochs: s.epochs, checkpoint: &checkpoint, mean }).is_break() {
+        if heard.is_break() {
             return Err(FitError::Interrupted { step: adamw.step, steps });
         }
     }

@@ -141,13 +141,11 @@ impl Bar {
     /// A line that stays.
     pub fn line(&mut self, text: impl std::fmt::Display) {
         self.last_line = Instant::now();
-        match self.lines {
-            true => anstream::eprintln!("{text}"),
-            false => self.bar.suspend(|| {
-                if !self.bar.is_hidden() {
-                    anstream::eprintln!("{text}")
-                }
-            }),
+        if self.lines {
+            anstream::eprintln!("{text}");
+        } else if !self.bar.is_hidden() {
+            // `suspend` holds the bar's lock: nothing of the bar may be asked inside.
+            self.bar.suspend(|| anstream::eprintln!("{text}"));
         }
     }
 }

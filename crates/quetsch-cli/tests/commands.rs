@@ -217,3 +217,12 @@ fn small_commands() {
     let html = place.ok("compare model dense --data test.csv --no-speed --report r.html");
     assert!(html.stdout.contains("dense") && place.read("r.html").starts_with(b"<!doctype html>"));
 }
+
+/// The bar is hidden then, and once held its lock twice.
+#[test]
+fn a_quiet_training_says_nothing_and_ends() {
+    let place = Place::new();
+    let done = place.ok("train --quiet --model model --train train.csv --epochs 2 --out quiet");
+    assert_eq!(done.stderr, "");
+    assert!(place.path("quiet/model.safetensors").exists());
+}

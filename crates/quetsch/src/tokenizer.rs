@@ -105,7 +105,7 @@ impl Tokenizer {
                 "max_length is {max_length}, expected more than the {special} special tokens"
             )));
         }
-        let plain = |text| self.inner.encode_fast(EncodeInput::from(text), false).map_err(invalid("tokenizer"));
+        let plain = |text| self.beginning(text, max_length);
         let cut = TruncationParams { max_length: max_length - special, ..TruncationParams::default() };
         let pair = b.map(plain).transpose()?;
         let (a, b) = truncate_encodings(plain(a)?, pair, &cut).map_err(invalid("tokenizer"))?;
@@ -113,6 +113,28 @@ impl Tokenizer {
         let types = e.get_type_ids();
         let types = if types.iter().all(|&t| t == 0) { vec![] } else { types.to_vec() };
         Ok(Encoding { ids: e.get_ids().to_vec(), types })
+    }
+
+    /// The tokens of a text, without special ones; of a long text only the beginning, at least `enough` tokens of it.
+    ///
+    /// Tokenisers take a text apart at white space first, so that its beginning up to white space has the tokens that
+    /// it has in the whole text, but for the last few: a cut may join or part white space differently.
+    fn beginning(&self, text: &str, enough: usize) -> Result<tokenizers::Encoding> {
+        const LONG: usize = 1 << 14; // bytes
+        const LAST_FEW: usize = 16;
+        let encode =
+            |text: &str| self.inner.encode_fast(EncodeInput::from(text), false).map_err(invalid("tokenizer"));
+        let mut size = LONG;
+        while size < text.len() {
+            let cut = text.char_indices().skip_while(|(i, _)| *i < size).find(|(_, c)| c.is_whitespace());
+            let Some((cut, _)) = cut else { break };
+            let e = encode(&text[..cut])?;
+            if e.len() >= enough + LAST_FEW {
+                return Ok(e);
+            }
+            size = 4 * cut;
+        }
+        encode(text)
     }
 
     /// Number of tokens, added ones included.

@@ -129,3 +129,27 @@ fn training_gives_the_same_files_every_time() {
     assert_eq!(Tokenizer::new(&vocab_only).unwrap().fingerprint(), t.fingerprint());
     assert!(train_wordpiece(&texts, 100).unwrap_err().to_string().contains("too small"));
 }
+
+/// Only the beginning of a long text is tokenised, and nothing shows it.
+#[test]
+fn long_texts_are_cut_to_the_same_ids() {
+    let files = dir::read_tokenizer(fixture("tiny_student")).unwrap();
+    let tokenizer = Tokenizer::new(&files).unwrap();
+    let words = ["card ", "  payment\n", "café\u{a0}", "\u{4e2d}\u{6587}", "xx-yy? ", "\t1,000.50 ", "z"];
+    for (seed, max_length) in [(1, 16), (2, 300), (3, 9000)] {
+        let mut rng = quetsch::rng::Rng::new(seed);
+        let text: String = (0..40_000).map(|_| words[rng.below(words.len())]).collect();
+        // Far beyond max_length tokens, and far below the length at which a text is long.
+        let short: String = text.chars().take(2_000).collect();
+        let long = tokenizer.encode(&text, max_length).unwrap();
+        assert_eq!(long.ids.len(), max_length);
+        let common = max_length.min(300) - 1; // the last id of a cut text is [SEP]
+        assert_eq!(long.ids[..common], tokenizer.encode(&short, 301).unwrap().ids[..common], "{max_length}");
+        let pair = tokenizer.encode_pair("card", &text, max_length).unwrap();
+        assert_eq!(pair.ids.len(), max_length);
+    }
+    let one_word = "x".repeat(200_000);
+    assert_eq!(tokenizer.encode(&one_word, 16).unwrap().ids.len(), 3, "[CLS] [UNK] [SEP]");
+    let blank = " ".repeat(200_000);
+    assert_eq!(tokenizer.encode(&blank, 16).unwrap().ids.len(), 2);
+}

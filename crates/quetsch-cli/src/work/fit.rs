@@ -225,7 +225,10 @@ impl Fit<'_> {
                 "{name}: interrupted after step {step} of {steps}; the training state is saved. Run the same command \
                  with --resume to go on"
             )),
-            e @ FitError::NotFinite { .. } => anyhow!("{name}: {e}. The last saved state is kept"),
+            e @ FitError::NotFinite { .. } => match self.state.join("state").exists() {
+                true => anyhow!("{name}: {e}. The state saved last is kept in {}", self.state.display()),
+                false => anyhow!("{name}: {e}. No state had been saved before"),
+            },
             FitError::Quetsch(e) => e.into(),
         }
     }

@@ -51,6 +51,7 @@ impl Folder {
         }
         let temporary = hidden_sibling(&target)?;
         fs::create_dir_all(parent(&target)).map_err(Error::io(parent(&target)))?;
+        remove_leftovers(&target);
         fs::create_dir(&temporary).map_err(Error::io(&target))?;
         Ok(Folder { target, temporary, committed: false, force })
     }
@@ -141,6 +142,21 @@ fn hidden_sibling(path: &Path) -> Result<PathBuf> {
     Ok(parent(path).join(name))
 }
 
+/// Removes what processes that were killed left of their attempts at `target`. A process that lives keeps its own;
+/// where nobody can tell who lives (no /proc), nothing is removed.
+fn remove_leftovers(target: &Path) {
+    let (Some(name), Ok(entries)) = (target.file_name(), fs::read_dir(parent(target))) else { return };
+    let start = format!(".{}.", name.to_string_lossy());
+    for entry in entries.flatten() {
+        let file = entry.file_name();
+        let ours = file.to_str().and_then(|f| f.strip_prefix(&start)?.strip_suffix(".tmp")?.split_once('-'));
+        let Some((Ok(process), Ok(_))) = ours.map(|(p, n)| (p.parse::<u32>(), n.parse::<u64>())) else { continue };
+        if Path::new("/proc/self").exists() && !Path::new(&format!("/proc/{process}")).exists() {
+            let _ = fs::remove_dir_all(entry.path()); // it is in nobody's way
+        }
+    }
+}
+
 fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = File::create(path).map_err(Error::io(path))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(path))
@@ -193,6 +209,22 @@ mod tests {
         again.commit().unwrap();
         assert_eq!(names(&target), ["other"]);
         assert_eq!(names(&dir.path().join("deep")), ["model"]);
+    }
+
+    /// Process ids end at 2^22 on Linux.
+    #[test]
+    fn leftovers_of_the_dead_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mine = format!(".m.{}-7.tmp", std::process::id());
+        for name in [".m.4194305-0.tmp", ".m.4194305-x.tmp", ".other.4194305-0.tmp", &mine] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        Folder::create(dir.path().join("m"), false).unwrap().commit().unwrap();
+        let mut left = vec![".m.4194305-x.tmp", ".other.4194305-0.tmp", &mine, "m"];
+        left.sort_unstable();
+        if Path::new("/proc/self").exists() {
+            assert_eq!(names(dir.path()), left);
+        }
     }
 
     #[test]

@@ -171,14 +171,17 @@ fn names(spec: &ModelSpec, def: &TensorDef) -> Vec<String> {
     names
 }
 
-/// Stores a checkpoint's tensors in other schemes: of the patterns that match a tensor's module, the last one holds.
-/// Linears that `keep` matches are not quantised, but take a dense scheme (f32, f16, bf16); so do all tensors that are
-/// no weight of a linear. What no pattern matches stays as it is.
+/// Which scheme every tensor gets: of the patterns that match a tensor's module, the last one holds. Linears that
+/// `keep` matches are not quantised, but take a dense scheme (f32, f16, bf16); so do all tensors that are no weight of
+/// a linear. None: no pattern matches.
 ///
 /// # Errors
-/// A pattern matches nothing, a weight is quantised already in another scheme, or a value does not fit into f16.
-pub fn quantise(ck: &Checkpoint, schemes: &[(String, Scheme)], keep: &[String]) -> Result<Checkpoint> {
-    let spec = &ck.spec;
+/// A pattern matches nothing.
+pub fn assign(
+    spec: &ModelSpec,
+    schemes: &[(String, Scheme)],
+    keep: &[String],
+) -> Result<Vec<(TensorDef, Option<Scheme>)>> {
     let named = |def: TensorDef| (names(spec, &def), def);
     let table: Vec<(Vec<String>, TensorDef)> = spec.tensors().into_iter().map(named).collect();
     let matches = |pattern: &str, names: &[String]| names.iter().any(|n| glob(pattern, n));
@@ -191,15 +194,25 @@ pub fn quantise(ck: &Checkpoint, schemes: &[(String, Scheme)], keep: &[String]) 
             )));
         }
     }
-    let mut out = ck.clone();
-    for (names, def) in &table {
-        let kept = keep.iter().any(|k| matches(k, names));
+    let choose = |(names, def): (Vec<String>, TensorDef)| {
+        let kept = keep.iter().any(|k| matches(k, &names));
         let dense_only = kept || def.role != Role::Weight || def.is_empty();
-        let chosen = schemes.iter().rev().find(|(p, s)| matches(p, names) && (s.float().is_some() || !dense_only));
-        if let Some((_, scheme)) = chosen
-            && Scheme::of(ck.get(def.tensor)) != *scheme
-        {
-            out.set(def.tensor, store(ck, def, *scheme)?);
+        let fits = |s: &Scheme| s.float().is_some() || !dense_only;
+        let chosen = schemes.iter().rev().find(|(p, s)| matches(p, &names) && fits(s));
+        (def, chosen.map(|(_, s)| *s))
+    };
+    Ok(table.into_iter().map(choose).collect())
+}
+
+/// Stores a checkpoint's tensors in the schemes that [`assign`] gives them; those without one stay as they are.
+///
+/// # Errors
+/// A pattern matches nothing, a weight is quantised already in another scheme, or a value does not fit into f16.
+pub fn quantise(ck: &Checkpoint, schemes: &[(String, Scheme)], keep: &[String]) -> Result<Checkpoint> {
+    let mut out = ck.clone();
+    for (def, scheme) in assign(&ck.spec, schemes, keep)? {
+        if let Some(scheme) = scheme.filter(|s| Scheme::of(ck.get(def.tensor)) != *s) {
+            out.set(def.tensor, store(ck, &def, scheme)?);
         }
     }
     Ok(out)

@@ -3,13 +3,14 @@
 use crate::recipe::{self, Kind, Recipe};
 use crate::ui::{self, Ui, mb};
 use crate::work::gate::Gate;
+use crate::work::make;
 use crate::work::pipeline::{self, Options};
 use crate::work::provenance::Provenance;
 use anyhow::Result;
 use clap::Args;
 use quetsch::dir;
-use quetsch::quant::Scheme;
-use quetsch::spec::{HeadSpec, ModelSpec, Role};
+use quetsch::quant::{self, Scheme};
+use quetsch::spec::{HeadSpec, ModelSpec};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -147,22 +148,20 @@ fn expected(kind: &Kind, mut spec: ModelSpec, recipe: &Recipe) -> ModelSpec {
     spec
 }
 
+/// Bytes of the tensors; a rule that fits nowhere is for the stage itself to complain about.
 fn expected_bytes(kind: &Kind, spec: &ModelSpec) -> u64 {
-    let scheme = match kind {
-        Kind::Quantize(s) => s.quant.parse().unwrap_or(Scheme::F32),
-        _ => Scheme::F32,
+    let assigned = match kind {
+        Kind::Quantize(s) => make::rules(s).and_then(|r| Ok(quant::assign(spec, &r, &make::kept(s, spec))?)).ok(),
+        _ => None,
     };
-    let float = match scheme.float() {
-        Some(quetsch::checkpoint::FloatType::F16 | quetsch::checkpoint::FloatType::Bf16) => 16,
-        _ => 32,
+    let bits = |scheme: Option<Scheme>| match scheme {
+        Some(Scheme::F16 | Scheme::Bf16) => 16,
+        Some(Scheme::Int8 | Scheme::BnbInt8 { .. }) => 8,
+        Some(Scheme::Nf4 { .. } | Scheme::Fp4 { .. }) => 4,
+        Some(Scheme::F32) | None => 32,
     };
-    let linear = match scheme {
-        Scheme::Int8 | Scheme::BnbInt8 { .. } => 8,
-        Scheme::Nf4 { .. } | Scheme::Fp4 { .. } => 4,
-        _ => float,
-    };
-    let bits = |role| if role == Role::Weight { linear } else { float };
-    spec.tensors().iter().map(|d| (d.len() * bits(d.role)) as u64 / 8).sum()
+    let table = assigned.unwrap_or_else(|| spec.tensors().into_iter().map(|d| (d, None)).collect());
+    table.iter().map(|(d, scheme)| (d.len() * bits(*scheme)) as u64 / 8).sum()
 }
 
 fn human(recipe: &Recipe, steps: &[Step]) -> String {

@@ -16,6 +16,7 @@ use quetsch::head::{HeadKind, with_head};
 use quetsch::prune::{self, Budget, Cut, Magnitude, Plan, Scope, Scores};
 use quetsch::quant::{self, Compute, Scheme};
 use quetsch::runtime::Model;
+use quetsch::spec::ModelSpec;
 use quetsch::tokenizer::Tokenizer;
 use quetsch_train::scores::{Sample, ffn_scores, head_scores};
 use quetsch_train::{Objective, TrainSet};
@@ -232,12 +233,17 @@ fn simple<L>(amount: &Amount) -> prune::Amount<L> {
     }
 }
 
+/// The patterns of what stays in float: the default ones, unless `none` is given, and those given.
+pub fn kept(s: &Quantize, spec: &ModelSpec) -> Vec<String> {
+    let none = s.keep.iter().any(|k| k == "none");
+    let default = if none { vec![] } else { quant::default_keep(spec) };
+    default.into_iter().chain(s.keep.iter().filter(|k| *k != "none").cloned()).collect()
+}
+
 fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
     let model = read_model(job.input("model")?, ui)?;
     let rules = rules(s)?;
-    let mut keep =
-        if s.keep.iter().any(|k| k == "none") { vec![] } else { quant::default_keep(&model.checkpoint.spec) };
-    keep.extend(s.keep.iter().filter(|k| *k != "none").cloned());
+    let keep = kept(s, &model.checkpoint.spec);
     let checkpoint = quant::quantise(&model.checkpoint, &rules, &keep)?;
     let sites: Map<String, Value> = checkpoint
         .spec
@@ -262,7 +268,8 @@ fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
     Ok(Made { checkpoint, tokenizer: model.tokenizer, report, files: vec![] })
 }
 
-fn rules(s: &Quantize) -> Result<Vec<(String, Scheme)>> {
+/// The schemes by site pattern, in the order in which they hold.
+pub fn rules(s: &Quantize) -> Result<Vec<(String, Scheme)>> {
     let compute = match s.compute {
         ComputeType::Bf16 => Compute::Bf16,
         ComputeType::F32 => Compute::F32,

@@ -16,6 +16,9 @@ fn main() -> ExitCode {
         Ok(parsed) => parsed,
         Err(e) => return ui::fail(&e),
     };
+    if let Err(e) = quetsch::runtime::Isa::from_env() {
+        return ui::fail(&exit::usage(e));
+    }
     match commands::dispatch(cli.command, &ui) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => ui::fail(&e),

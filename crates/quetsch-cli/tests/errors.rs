@@ -151,3 +151,12 @@ fn a_loss_that_is_not_a_number_stops_training() {
     assert_eq!(done.code, 1, "{}", done.stderr);
     assert!(!place.path("o").exists() && !done.stderr.contains("panicked"), "{}", done.stderr);
 }
+
+#[test]
+fn an_instruction_set_that_is_none() {
+    let place = Place::new();
+    let out = place.command().env("QUETSCH_ISA", "mmx").args(["inspect", "model"]).output().expect("it runs");
+    let words = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(words.contains("QUETSCH_ISA=mmx") && words.contains("avx512vnni"), "{words}");
+}

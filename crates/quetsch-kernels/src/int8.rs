@@ -5,19 +5,22 @@ use crate::isa::{Isa, isa};
 
 kernel! {
     /// q = round(x * 127 / absmax), ties to even, and scale = absmax / 127, for every row of `width`; a row of zeros
-    /// has scale 0.
+    /// (or of less than `TINY`, whose reciprocal would overflow) has scale 0.
     pub fn quantise(x: &[f32], width: usize, q: &mut [i8], scale: &mut [f32]) {
         for (r, scale) in scale.iter_mut().enumerate() {
             let cols = r * width..(r + 1) * width;
             let (x, q) = (&x[cols.clone()], &mut q[cols]);
             let max = x.iter().fold(0f32, |m, v| if v.abs() > m { v.abs() } else { m });
-            let inv = if max > 0.0 { 127.0 / max } else { 0.0 };
+            let inv = if max > TINY { 127.0 / max } else { 0.0 };
             // 1.5 * 2^23 rounds to an integer, ties to even, that sits in the low mantissa bits.
             x.iter().zip(q).for_each(|(x, q)| *q = ((x * inv) + 12_582_912.0).to_bits() as i8);
-            *scale = max / 127.0;
+            *scale = if max > TINY { max / 127.0 } else { 0.0 };
         }
     }
 }
+
+/// Far below every activation, far above where 127 / x overflows.
+const TINY: f32 = 1e-30;
 
 /// An int8 matrix `[n, k]` with one scale per row, packed for the tier in use.
 #[derive(Clone, Debug)]
@@ -272,7 +275,7 @@ mod tests {
 
     #[test]
     fn quantising_keeps_zero_and_the_extremes() {
-        let x = [0.0, -2.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 127.0, 0.5, 1.5, -2.5];
+        let x = [0.0, -2.0, 1.0, 0.5, 0.0, 0.0, 1e-38, 0.0, 127.0, 0.5, 1.5, -2.5];
         let (mut q, mut s) = ([9i8; 12], [0f32; 3]);
         quantise(&x, 4, &mut q, &mut s);
         assert_eq!(q, [0, -127, 64, 32, 0, 0, 0, 0, 127, 0, 2, -2], "ties go to even");

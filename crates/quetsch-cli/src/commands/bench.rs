@@ -33,6 +33,8 @@ pub struct Bench {
 pub struct Speed {
     /// Threads.
     pub threads: usize,
+    /// The instruction set whose kernels ran.
+    pub isa: String,
     /// Reading and packing the model.
     pub load_ms: f64,
     /// From the start of loading to the first answer.
@@ -114,6 +116,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
     let sentences_per_s = round(texts.len() as f64 / start.elapsed().as_secs_f64(), 1);
     let speed = Speed {
         threads,
+        isa: quetsch::runtime::isa().name().to_string(),
         load_ms: round(load_ms, 1),
         first_answer_ms: round(first_answer_ms, 1),
         latency_ms: latency(timed.iter().map(|t| t.1).collect()),
@@ -144,8 +147,8 @@ fn peak_rss_mb() -> Option<f64> {
 
 fn human(s: &Speed) -> String {
     let mut text = format!(
-        "threads        {}\nload           {:.1} ms\nfirst answer   {:.1} ms\nlatency        p50 {:.2} ms, p99 {:.2} ms\n",
-        s.threads, s.load_ms, s.first_answer_ms, s.latency_ms.p50, s.latency_ms.p99
+        "threads        {}\nkernels        {}\nload           {:.1} ms\nfirst answer   {:.1} ms\nlatency        p50 {:.2} ms, p99 {:.2} ms\n",
+        s.threads, s.isa, s.load_ms, s.first_answer_ms, s.latency_ms.p50, s.latency_ms.p99
     );
     for group in &s.by_length {
         let l = &group.latency_ms;

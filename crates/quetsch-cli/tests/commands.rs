@@ -217,3 +217,15 @@ fn small_commands() {
     let html = place.ok("compare model dense --data test.csv --no-speed --report r.html");
     assert!(html.stdout.contains("dense") && place.read("r.html").starts_with(b"<!doctype html>"));
 }
+
+/// A rate so low that no answer changes: the second epoch is no better than the first.
+#[test]
+fn training_stops_when_validation_gets_no_better() {
+    let place = Place::new();
+    place
+        .ok("train --model model --train train.csv --validation 0.5 --learning-rate 1e-12 --epochs 6 --keep best \
+         --patience 1 --class-weights sqrt --label-smoothing 0.1 --out a");
+    let report = json(&String::from_utf8_lossy(&place.read("a/report.json")));
+    assert_eq!(report["epochs"].as_array().map(Vec::len), Some(2), "{report}");
+    assert_eq!(report["kept_epoch"], 1);
+}

@@ -15,7 +15,7 @@ LABELS, BINS = 7, 15
 
 def losses(fixtures, seed):
     """CE and distillation losses with their gradients by the logits."""
-    rng = np.random.default_rng(seed)
+    rng, weights_rng = np.random.default_rng(seed), np.random.default_rng(seed + 1)
 
     def case(n, labels, scale):
         logits, teacher = (np.round(scale * rng.normal(size=(n, labels)), 3) for _ in range(2))
@@ -27,7 +27,7 @@ def losses(fixtures, seed):
         case(3, 4, 200.0),
     ]  # the last: exp overflows unless the max is taken off
     inputs.append({**inputs[0], "teacher": inputs[0]["logits"]})  # the student equals the teacher: KL is 0
-    ce_rows, kd_rows = [], []
+    ce_rows, kd_rows, all_rows = [], [], []
     for i, x in enumerate(inputs):
         teacher, labels = torch.tensor(x["teacher"], dtype=torch.float64), torch.tensor(x["labels"])
         for smoothing in [0.0, 0.1]:
@@ -35,6 +35,20 @@ def losses(fixtures, seed):
             loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
             (g,) = torch.autograd.grad(loss, logits)
             ce_rows.append({"input": i, "label_smoothing": smoothing, "loss": loss.item(), "gradient": g.tolist()})
+        weights = np.round(weights_rng.uniform(0.2, 3.0, len(x["logits"][0])), 3).tolist()
+        for smoothing, alpha, temperature in [(0.0, 1.0, 1.0), (0.1, 0.3, 2.0)]:
+            logits = torch.tensor(x["logits"], dtype=torch.float64, requires_grad=True)
+            w = torch.tensor(weights, dtype=torch.float64)
+            _, _, kl = kd_loss(logits, teacher, labels, alpha, temperature)
+            parts = {
+                "ce": F.cross_entropy(logits, labels, weight=w, label_smoothing=smoothing),
+                "kl_times_t2": temperature**2 * kl,
+            }
+            loss = alpha * parts["ce"] + (1 - alpha) * parts["kl_times_t2"]
+            (g,) = torch.autograd.grad(loss, logits)
+            row = {"input": i, "class_weights": weights, "label_smoothing": smoothing, "alpha": alpha}
+            row |= {"temperature": temperature, **{k: v.item() for k, v in parts.items()}}
+            all_rows.append(row | {"loss": loss.item(), "gradient": g.tolist()})
         for alpha in [0.0, 0.3, 1.0]:
             for temperature in [1.0, 2.0, 4.0]:
                 logits = torch.tensor(x["logits"], dtype=torch.float64, requires_grad=True)
@@ -43,7 +57,8 @@ def losses(fixtures, seed):
                 row = {"input": i, "alpha": alpha, "temperature": temperature, "ce": ce.item(), "kl": kl.item()}
                 kd_rows.append(row | {"loss": loss.item(), "gradient": g.tolist()})
     note = "loss = alpha * ce + (1 - alpha) * temperature^2 * kl; kl is batchmean, without temperature^2"
-    dump(fixtures / "losses.json", {"note": note, "inputs": inputs, "cross_entropy": ce_rows, "distillation": kd_rows})
+    rows = {"cross_entropy": ce_rows, "distillation": kd_rows, "weighted": all_rows}
+    dump(fixtures / "losses.json", {"note": note, "inputs": inputs, **rows})
 
 
 def calibration_error(p, truth):

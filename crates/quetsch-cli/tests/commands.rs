@@ -226,3 +226,15 @@ fn a_quiet_training_says_nothing_and_ends() {
     assert_eq!(done.stderr, "");
     assert!(place.path("quiet/model.safetensors").exists());
 }
+
+/// A rate so low that no answer changes: the second epoch is no better than the first.
+#[test]
+fn training_stops_when_validation_gets_no_better() {
+    let place = Place::new();
+    place
+        .ok("train --model model --train train.csv --validation 0.5 --learning-rate 1e-12 --epochs 6 --keep best \
+         --patience 1 --class-weights sqrt --label-smoothing 0.1 --out a");
+    let report = json(&String::from_utf8_lossy(&place.read("a/report.json")));
+    assert_eq!(report["epochs"].as_array().map(Vec::len), Some(2), "{report}");
+    assert_eq!(report["kept_epoch"], 1);
+}

@@ -3,7 +3,7 @@
 //! The order of examples, the dropout masks and the learning rate are functions of (seed, step), so a run that goes
 //! on from a saved state ends with the bytes of one that was never interrupted, given the same thread count.
 
-use crate::loss::{Losses, Objective};
+use crate::loss::{Losses, Objective, Soft};
 use crate::optim::{AdamW, Rates};
 use crate::params::Params;
 use crate::schedule::Schedule;
@@ -49,12 +49,24 @@ pub struct FitSettings {
     pub threads: usize,
 }
 
+/// Why the caller stops a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It is to go on later: the state is saved, and the run ends with [`FitError::Interrupted`].
+    Interrupted,
+    /// Early stopping, after an epoch: the weights as they are now are the result. At a step it ends the run as an
+    /// interruption does.
+    Enough,
+}
+
 /// What the caller hears while a run goes on.
 pub enum Event<'a> {
     /// A saved state was found; the next step is `step`.
     Resumed {
         /// Steps done before.
         step: usize,
+        /// Whole epochs done before.
+        epoch: usize,
     },
     /// An optimiser step is done.
     Step(Progress),
@@ -178,28 +190,40 @@ fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSetti
             return bad(format!("{name} is {v}, expected a number from 0"));
         }
     }
-    match *objective {
-        Objective::CrossEntropy { label_smoothing: e } if !(0.0..1.0).contains(&e) => {
-            bad(format!("label_smoothing is {e}, expected 0 to below 1"))
-        }
-        Objective::Distill { alpha, .. } if !(0.0..=1.0).contains(&alpha) => {
-            bad(format!("alpha is {alpha}, expected 0 to 1"))
-        }
-        Objective::Distill { temperature, .. } if !(temperature.is_finite() && temperature > 0.0) => {
-            bad(format!("temperature is {temperature}, expected a number above 0"))
-        }
-        Objective::Distill { teacher_logits, .. } if teacher_logits.len() != set.labels.len() * labels => {
-            bad(format!(
-                "{} teacher logits, expected {} sentences x {labels} labels: do teacher and student have the same labels?",
-                teacher_logits.len(),
-                set.labels.len()
-            ))
-        }
-        Objective::Distill { teacher_logits, .. } if teacher_logits.iter().any(|v| !v.is_finite()) => {
-            bad("a teacher logit is not a finite number".into())
-        }
-        _ => Ok(()),
+    let hard = objective.hard();
+    if !(0.0..1.0).contains(&hard.label_smoothing) {
+        return bad(format!("label_smoothing is {}, expected 0 to below 1", hard.label_smoothing));
     }
+    let weights = hard.class_weights;
+    if !weights.is_empty() && weights.len() != labels {
+        return bad(format!("{} class weights, the model has {labels} labels", weights.len()));
+    }
+    if let Some(w) = weights.iter().find(|w| !(w.is_finite() && **w > 0.0)) {
+        return bad(format!("a class weight is {w}, expected a number above 0"));
+    }
+    objective.soft().map_or(Ok(()), |soft| check_soft(&soft, set.labels.len(), labels))
+}
+
+fn check_soft(soft: &Soft, sentences: usize, labels: usize) -> Result<(), Error> {
+    let bad = |m: String| Err(Error::invalid(m));
+    let (alpha, temperature) = (soft.alpha, soft.temperature);
+    if !(0.0..=1.0).contains(&alpha) {
+        return bad(format!("alpha is {alpha}, expected 0 to 1"));
+    }
+    if !(temperature.is_finite() && temperature > 0.0) {
+        return bad(format!("temperature is {temperature}, expected a number above 0"));
+    }
+    if soft.logits.len() != sentences * labels {
+        return bad(format!(
+            "{} teacher logits, expected {sentences} sentences x {labels} labels: do teacher and student have the same \
+             labels?",
+            soft.logits.len()
+        ));
+    }
+    if soft.logits.iter().any(|v| !v.is_finite()) {
+        return bad("a teacher logit is not a finite number".into());
+    }
+    Ok(())
 }
 
 /// Trains `start`. `on` hears every step and epoch and may stop the run.
@@ -212,7 +236,7 @@ pub fn fit(
     objective: &Objective,
     settings: &FitSettings,
     state: Option<&State>,
-    on: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    on: &mut dyn FnMut(Event) -> ControlFlow<Stop>,
 ) -> Result<Fitted, FitError> {
     check(start, set, objective, settings)?;
     let s = settings;
@@ -225,9 +249,14 @@ pub fn fit(
     let warmup = (f64::from(s.warmup) * steps as f64) as usize;
     if let Some(state) = state.filter(|s| s.resume)
         && state.load(&mut params, &mut adamw)?
-        && on(Event::Resumed { step: adamw.step }).is_break()
+        && let ControlFlow::Break(stop) = on(Event::Resumed { step: adamw.step, epoch: adamw.step / per_epoch })
     {
-        return Err(FitError::Interrupted { step: adamw.step, steps });
+        return match stop {
+            Stop::Interrupted => Err(FitError::Interrupted { step: adamw.step, steps }),
+            Stop::Enough => {
+                Ok(Fitted { checkpoint: params.to_checkpoint(start)?, steps: adamw.step, last: Losses::default() })
+            }
+        };
     }
     let mut workers = Worker::team(&params, s.threads);
     let (clock, first) = (Instant::now(), adamw.step);
@@ -290,8 +319,12 @@ pub fn fit(
         if let Some(state) = state {
             state.save(&params, &adamw)?;
         }
-        if heard.is_break() {
-            return Err(FitError::Interrupted { step: adamw.step, steps });
+        match heard {
+            ControlFlow::Continue(()) => {}
+            ControlFlow::Break(Stop::Enough) => return Ok(Fitted { checkpoint, steps: adamw.step, last }),
+            ControlFlow::Break(Stop::Interrupted) => {
+                return Err(FitError::Interrupted { step: adamw.step, steps });
+            }
         }
     }
     Ok(Fitted { checkpoint: params.to_checkpoint(start)?, steps, last })

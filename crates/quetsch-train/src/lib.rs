@@ -13,8 +13,8 @@ pub mod state;
 pub mod step;
 pub mod tape;
 
-pub use fit::{Event, FitError, FitSettings, Fitted, TrainSet, fit};
-pub use loss::{Losses, Objective};
+pub use fit::{Event, FitError, FitSettings, Fitted, Stop, TrainSet, fit};
+pub use loss::{ClassWeights, Hard, Losses, Objective, Soft};
 pub use schedule::Schedule;
 pub use scores::{ffn_scores, head_scores};
 pub use state::State;

@@ -1,6 +1,6 @@
 //! One step's gradients: the batch dealt to threads, one tape each, gradients summed in fixed order.
 
-use crate::loss::{Losses, Objective, losses};
+use crate::loss::{Losses, Objective, Shares, losses};
 use crate::params::{Grads, Params};
 use crate::tape::{Buffers, Draw, Dropout, Tape};
 use quetsch::batch::{Batch, Encoding};
@@ -83,7 +83,7 @@ pub fn gradients(
     micro: usize,
     workers: &mut [Worker],
 ) -> Result<(Losses, MaskGrads)> {
-    let share = 1.0 / examples.len().max(1) as f32;
+    let shares = Shares::of(&task.objective, examples.iter().map(|e| task.set.labels[*e]));
     let mut shards = vec![vec![]; workers.len()];
     for part in examples.chunks(micro.max(1)) {
         for (shard, mine) in shards.iter_mut().zip(deal(task.set, part, workers.len())) {
@@ -91,7 +91,7 @@ pub fn gradients(
         }
     }
     let results: Vec<Result<(Losses, MaskGrads)>> = std::thread::scope(|s| {
-        let spawn = |(w, shard): (_, Vec<Vec<usize>>)| s.spawn(move || run_shard(task, step, &shard, share, w));
+        let spawn = |(w, shard): (_, Vec<Vec<usize>>)| s.spawn(move || run_shard(task, step, &shard, shares, w));
         let handles: Vec<_> = workers.iter_mut().zip(shards).map(spawn).collect();
         handles.into_iter().map(|h| h.join().expect("a training thread never panics")).collect()
     });
@@ -126,7 +126,7 @@ fn run_shard(
     task: &Task,
     step: u64,
     shard: &[Vec<usize>],
-    share: f32,
+    shares: Shares,
     w: &mut Worker,
 ) -> Result<(Losses, MaskGrads)> {
     let (mut total, mut masks) = (Losses::default(), MaskGrads::new());
@@ -142,7 +142,7 @@ fn run_shard(
             Some(masks) => forward(&mut With { ops: &mut tape, hook: masks }, spec, &batch),
         };
         let mut d = vec![0.0; tape.value(logits).len()];
-        total += losses(tape.value(logits), &labels, examples, &task.objective, share, &mut d);
+        total += losses(tape.value(logits), &labels, examples, &task.objective, shares, &mut d);
         for (at, g) in tape.backward(logits, d, &mut w.grads) {
             quetsch_kernels::math::add(masks.entry(at).or_insert_with(|| vec![0.0; g.len()]), &g);
         }

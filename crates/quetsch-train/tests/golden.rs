@@ -8,7 +8,7 @@ use quetsch::hooks::Record;
 use quetsch::ops::{With, forward};
 use quetsch::runtime::{CpuOps, Model, Workspace};
 use quetsch::spec::At;
-use quetsch_train::loss::{Objective, losses};
+use quetsch_train::loss::{Hard, Objective, Shares, Soft, losses};
 use quetsch_train::params::Params;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::{Dropout, Event, FitSettings, fit};
@@ -56,10 +56,8 @@ fn gradients_are_pytorchs() {
         let params = Params::new(&ck, &[]);
         let teacher = g.tensor("teacher");
         let (alpha, temperature) = (0.3, 3.0);
-        let kd = Objective::Distill { alpha, temperature, teacher_logits: &teacher };
-        for (objective, key, total) in
-            [(Objective::CrossEntropy { label_smoothing: 0.0 }, "ce", "ce"), (kd, "kd", "kd")]
-        {
+        let kd = Objective::Distill(Hard::default(), Soft { alpha, temperature, logits: &teacher });
+        for (objective, key, total) in [(Objective::CrossEntropy(Hard::default()), "ce", "ce"), (kd, "kd", "kd")] {
             for threads in [1, 2] {
                 let set = TrainSet { encodings: &g.encodings, labels: &g.labels };
                 let task =
@@ -93,7 +91,8 @@ fn ten_steps_are_pytorchs() {
     for name in ["student", "pooler"] {
         let g = Golden::load(name);
         let teacher = g.tensor("teacher");
-        let objective = Objective::Distill { alpha: 0.3, temperature: 3.0, teacher_logits: &teacher };
+        let objective =
+            Objective::Distill(Hard::default(), Soft { alpha: 0.3, temperature: 3.0, logits: &teacher });
         let s = FitSettings {
             epochs: 10,
             batch_size: 3,
@@ -142,31 +141,38 @@ fn losses_and_their_gradients_are_pytorchs() {
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap();
     let rows = |v: &serde_json::Value| -> Vec<Vec<f32>> { serde_json::from_value(v.clone()).unwrap() };
     let mut checked = 0;
-    for (kind, cases) in [("cross_entropy", &json["cross_entropy"]), ("distillation", &json["distillation"])] {
-        for case in cases.as_array().unwrap_or_else(|| panic!("{kind} cases")) {
+    for kind in ["cross_entropy", "distillation", "weighted"] {
+        for case in json[kind].as_array().unwrap_or_else(|| panic!("{kind} cases")) {
             let input = &json["inputs"][case["input"].as_u64().unwrap() as usize];
             let logits = rows(&input["logits"]).concat();
             let teacher = rows(&input["teacher"]).concat();
             let labels: Vec<u32> = serde_json::from_value(input["labels"].clone()).unwrap();
-            let number = |key: &str| case[key].as_f64().unwrap() as f32;
+            let number = |key: &str| case[key].as_f64().unwrap_or(0.0) as f32;
+            let weights: Option<Vec<f32>> = serde_json::from_value(case["class_weights"].clone()).unwrap();
+            let weights = weights.unwrap_or_default();
+            let hard = Hard { label_smoothing: number("label_smoothing"), class_weights: &weights };
+            let soft = Soft { alpha: number("alpha"), temperature: number("temperature"), logits: &teacher };
             let objective = match kind {
-                "cross_entropy" => Objective::CrossEntropy { label_smoothing: number("label_smoothing") },
-                _ => Objective::Distill {
-                    alpha: number("alpha"),
-                    temperature: number("temperature"),
-                    teacher_logits: &teacher,
-                },
+                "cross_entropy" => Objective::CrossEntropy(hard),
+                _ => Objective::Distill(hard, soft),
             };
             let examples: Vec<usize> = (0..labels.len()).collect();
             let mut d = vec![0.0; logits.len()];
-            let got = losses(&logits, &labels, &examples, &objective, 1.0 / labels.len() as f32, &mut d);
+            let shares = Shares::of(&objective, labels.iter().copied());
+            let got = losses(&logits, &labels, &examples, &objective, shares, &mut d);
             let want = case["loss"].as_f64().unwrap();
             assert!((got.total - want).abs() < 1e-5 * want.abs().max(1.0), "{case}: {got:?}");
+            if kind == "weighted" {
+                for (part, key) in [(got.ce, "ce"), (got.kl, "kl_times_t2")] {
+                    let want = case[key].as_f64().unwrap();
+                    assert!((part - want).abs() < 1e-5 * want.abs().max(1.0), "{key} of {case}: {got:?}");
+                }
+            }
             let gradient = rows(&case["gradient"]).concat();
             let size = gradient.iter().fold(1f32, |m, v| m.max(v.abs()));
             assert!(worst(&d, &gradient) < 2e-6 * size, "{case}: {d:?}");
             checked += 1;
         }
     }
-    assert!(checked > 10);
+    assert!(checked > 20);
 }

@@ -16,12 +16,13 @@ use quetsch_train::scores::Sample;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::tape::{Buffers, Draw, Tape};
 use quetsch_train::{
-    Dropout, Event, FitError, FitSettings, Fitted, Objective, Schedule, State, ffn_scores, fit, head_scores,
+    ClassWeights, Dropout, Event, FitError, FitSettings, Fitted, Hard, Objective, Schedule, Soft, State, Stop,
+    ffn_scores, fit, head_scores,
 };
 use std::ops::ControlFlow;
 
 const HEADS: [HeadSpec; 2] = [HeadSpec::MeanMlp { labels: 3 }, HeadSpec::Pooler { labels: 3 }];
-const CE: Objective = Objective::CrossEntropy { label_smoothing: 0.1 };
+const CE: Objective = Objective::CrossEntropy(Hard { label_smoothing: 0.1, class_weights: &[] });
 const DROPOUT: Dropout = Dropout { hidden: 0.2, attention: 0.3, head: 0.25 };
 
 fn labels(n: usize) -> Vec<u32> {
@@ -194,14 +195,14 @@ fn resumed_is_uninterrupted() {
         let state = |resume| State { dir: &place, every_steps: 2, resume, key: "k".into() };
         // The state on disk is that of the last periodic save, as after a kill.
         let mut stop = |e: Event| match e {
-            Event::Step(p) if p.step == stop_at => ControlFlow::Break(()),
+            Event::Step(p) if p.step == stop_at => ControlFlow::Break(Stop::Interrupted),
             _ => ControlFlow::Continue(()),
         };
         let stopped = fit(&ck, &set, &CE, &settings(), Some(&state(false)), &mut stop);
         assert!(matches!(stopped, Err(FitError::Interrupted { step, .. }) if step == stop_at));
         let mut resumed = None;
         let rest = fit(&ck, &set, &CE, &settings(), Some(&state(true)), &mut |e| {
-            if let Event::Resumed { step } = e {
+            if let Event::Resumed { step, .. } = e {
                 resumed = Some(step);
             }
             ControlFlow::Continue(())
@@ -213,6 +214,78 @@ fn resumed_is_uninterrupted() {
         let refused = fit(&ck, &set, &CE, &settings(), Some(&other), &mut |_| ControlFlow::Continue(()));
         assert!(refused.err().unwrap().to_string().contains("other inputs or settings"));
     }
+}
+
+/// Class weights and label smoothing are of the step, however it is cut into forwards.
+#[test]
+fn accumulating_is_one_batch_with_class_weights_too() {
+    let ck = lively(uneven(HEADS[0]), 3);
+    let (encodings, labels) = (sentences(96, 30, 21), labels(96));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let teacher: Vec<f32> = (0..288).map(|i| (i % 7) as f32 - 3.0).collect();
+    let hard = Hard { label_smoothing: 0.1, class_weights: &[0.3, 1.0, 2.5] };
+    let soft = Soft { alpha: 0.5, temperature: 2.0, logits: &teacher };
+    for objective in [Objective::CrossEntropy(hard), Objective::Distill(hard, soft)] {
+        let params = Params::new(&ck, &[]);
+        let task = Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None };
+        let examples: Vec<usize> = (0..32).collect();
+        let gradient = |micro, threads| {
+            let mut team = Worker::team(&params, threads);
+            let (loss, _) = gradients(&task, 0, &examples, micro, &mut team).unwrap();
+            let mut sum = team[0].grads.dense.clone();
+            for w in &team[1..] {
+                sum.iter_mut().zip(&w.grads.dense).for_each(|(a, b)| quetsch_kernels::math::add(a, b));
+            }
+            (loss, sum.concat())
+        };
+        let (one, g) = gradient(32, 1);
+        for (micro, threads) in [(8, 1), (5, 2)] {
+            let (parts, h) = gradient(micro, threads);
+            assert!((one.total - parts.total).abs() < 1e-6 && (one.ce - parts.ce).abs() < 1e-6);
+            assert!(worst(&g, &h) < 1e-5, "{micro} {threads}");
+        }
+    }
+}
+
+#[test]
+fn class_weights_are_scikit_learns() {
+    // compute_class_weight("balanced", classes=[0, 1, 2], y=labels) is 8 / (3 * [5, 2, 1]).
+    let labels = [0, 0, 1, 0, 2, 0, 1, 0];
+    assert_eq!(ClassWeights::None.of(&labels, 3), Vec::<f32>::new());
+    let balanced = ClassWeights::Balanced.of(&labels, 3);
+    assert!(worst(&balanced, &[8.0 / 15.0, 8.0 / 6.0, 8.0 / 3.0]) < 1e-6, "{balanced:?}");
+    let roots: Vec<f32> = balanced.iter().map(|w| w.sqrt()).collect();
+    assert!(worst(&ClassWeights::Sqrt.of(&labels, 3), &roots) < 1e-6);
+    assert_eq!(ClassWeights::Balanced.of(&labels, 4)[3], 1.0, "a class without a sentence");
+}
+
+/// At a constant rate, 5 epochs that stop after 2 are 2 epochs; resumed, they stop at once.
+#[test]
+fn stopping_early_is_training_shorter() {
+    let ck = lively(uneven(HEADS[0]), 3);
+    let (encodings, labels) = (sentences(40, 30, 21), labels(40));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let s = |epochs| FitSettings { epochs, warmup: 0.0, schedule: Schedule::Constant, ..settings() };
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("state");
+    let state = State { dir: &place, every_steps: 0, resume: true, key: "k".into() };
+    let short = run(&ck, 40, &s(2));
+    let mut seen = 0;
+    let stopped = fit(&ck, &set, &CE, &s(5), Some(&state), &mut |e| match e {
+        Event::Epoch { epoch, .. } => {
+            seen = epoch;
+            if epoch == 2 { ControlFlow::Break(Stop::Enough) } else { ControlFlow::Continue(()) }
+        }
+        _ => ControlFlow::Continue(()),
+    })
+    .unwrap();
+    assert_eq!((seen, stopped.steps, distance(&stopped.checkpoint, &short.checkpoint)), (2, short.steps, 0.0));
+    let resumed = fit(&ck, &set, &CE, &s(5), Some(&state), &mut |e| match e {
+        Event::Resumed { epoch: 2, .. } => ControlFlow::Break(Stop::Enough),
+        _ => panic!("there is nothing left to do"),
+    })
+    .unwrap();
+    assert_eq!((resumed.steps, distance(&resumed.checkpoint, &short.checkpoint)), (short.steps, 0.0));
 }
 
 #[test]
@@ -243,12 +316,17 @@ fn settings_that_cannot_work_are_refused() {
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(4, 30, 21), labels(4));
     let set = TrainSet { encodings: &encodings, labels: &labels };
-    let kd = |alpha, temperature, teacher_logits| Objective::Distill { alpha, temperature, teacher_logits };
-    let rows: [(Objective, FitSettings, &str); 8] = [
+    let kd = |alpha, temperature, logits| Objective::Distill(Hard::default(), Soft { alpha, temperature, logits });
+    let hard = |label_smoothing, class_weights| Objective::CrossEntropy(Hard { label_smoothing, class_weights });
+    let rows: [(Objective, FitSettings, &str); 12] = [
         (CE, FitSettings { epochs: 0, ..settings() }, "at least 1"),
         (CE, FitSettings { warmup: 1.5, ..settings() }, "warmup"),
         (CE, FitSettings { dropout: Dropout { hidden: 1.0, ..DROPOUT }, ..settings() }, "dropout"),
         (CE, FitSettings { learning_rate: f32::NAN, ..settings() }, "learning_rate"),
+        (hard(1.0, &[]), settings(), "label_smoothing"),
+        (hard(0.0, &[1.0, 2.0]), settings(), "2 class weights, the model has 3 labels"),
+        (hard(0.0, &[1.0, 0.0, 1.0]), settings(), "class weight is 0"),
+        (hard(0.0, &[1.0, f32::NAN, 1.0]), settings(), "class weight is NaN"),
         (kd(1.5, 3.0, &[0.0; 12]), settings(), "alpha"),
         (kd(0.5, 0.0, &[0.0; 12]), settings(), "temperature"),
         (kd(0.5, 3.0, &[0.0; 9]), settings(), "teacher logits"),

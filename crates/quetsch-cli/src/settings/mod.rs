@@ -4,7 +4,7 @@
 
 mod training;
 
-pub use training::{Kd, KeepEpoch, Schedule, Training};
+pub use training::{ClassWeights, Kd, KeepEpoch, Schedule, Training};
 
 use crate::values::{Amount, SiteRule};
 use clap::{Args, ValueEnum};
@@ -121,9 +121,6 @@ pub struct Train {
     /// Head to add when the model has none
     #[arg(long, value_enum, default_value_t = Head::Mean)]
     pub head: Head,
-    /// Share of the target probability spread over all labels
-    #[arg(long, default_value_t = 0.0)]
-    pub label_smoothing: f64,
     /// The training loop.
     #[command(flatten)]
     #[serde(flatten)]
@@ -133,8 +130,6 @@ pub struct Train {
 impl Settings for Train {
     fn check(&self) -> Vec<Finding> {
         let mut c = Check::default();
-        let s = self.label_smoothing;
-        c.error((0.0..1.0).contains(&s), "label-smoothing", || format!("is {s}, must lie in [0, 1)"));
         c.error(self.training.epochs > 0, "epochs", || "is 0, must be at least 1".into());
         self.training.check_into(&mut c);
         c.0

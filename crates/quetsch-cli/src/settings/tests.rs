@@ -22,6 +22,18 @@ fn defaults_are_clean_and_ranges_are_checked() {
     }
     assert_eq!(errors(Prune::default().check()), 1, "pruning nothing is an error");
     assert_eq!(Train::default().check(), vec![]);
+    let training = |t: Training| errors(Train { training: t, ..Default::default() }.check());
+    let base = Training { epochs: 5, keep: KeepEpoch::Best, ..Default::default() };
+    for (t, e) in [
+        (Training { patience: 2, ..base.clone() }, 0),
+        (Training { patience: 5, ..base.clone() }, 1),
+        (Training { patience: 2, keep: KeepEpoch::Last, ..base.clone() }, 1),
+        (Training { label_smoothing: 0.99, ..base.clone() }, 0),
+        (Training { label_smoothing: 1.0, ..base.clone() }, 1),
+        (Training { label_smoothing: f64::NAN, ..base.clone() }, 1),
+    ] {
+        assert_eq!(training(t.clone()), e, "{t:?}");
+    }
 }
 
 #[test]

@@ -28,6 +28,19 @@ pub enum KeepEpoch {
     Best,
 }
 
+/// How classes of different sizes are weighed in the cross-entropy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClassWeights {
+    /// All alike.
+    #[default]
+    None,
+    /// By 1 / size of the class.
+    Balanced,
+    /// By the root of that.
+    Sqrt,
+}
+
 /// The settings of the one training loop.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case")]
@@ -48,6 +61,12 @@ pub struct Training {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub head_learning_rate: Option<f64>,
+    /// Share of the target probability spread over all labels
+    #[arg(long, default_value_t = Training::default().label_smoothing)]
+    pub label_smoothing: f64,
+    /// How much the classes weigh in the cross-entropy: alike, by 1 / size (balanced) or by its root (sqrt)
+    #[arg(long, value_enum, default_value_t = Training::default().class_weights)]
+    pub class_weights: ClassWeights,
     /// Decoupled weight decay; never on biases and LayerNorm
     #[arg(long, default_value_t = Training::default().weight_decay)]
     pub weight_decay: f64,
@@ -75,6 +94,9 @@ pub struct Training {
     /// Which epoch's weights are kept
     #[arg(long, value_enum, default_value_t = Training::default().keep)]
     pub keep: KeepEpoch,
+    /// Stop after so many epochs without a better validation accuracy; 0 never stops early
+    #[arg(long, default_value_t = Training::default().patience)]
+    pub patience: usize,
     /// Save the training state every so many steps, besides after every epoch; 0 saves after epochs only
     #[arg(long, default_value_t = Training::default().save_every)]
     pub save_every: usize,
@@ -92,6 +114,8 @@ impl Default for Training {
             accumulate: 1,
             learning_rate: 1e-4,
             head_learning_rate: None,
+            label_smoothing: 0.0,
+            class_weights: ClassWeights::None,
             weight_decay: 0.01,
             warmup: 0.1,
             schedule: Schedule::Linear,
@@ -101,6 +125,7 @@ impl Default for Training {
             freeze: vec![],
             max_length: 256,
             keep: KeepEpoch::Last,
+            patience: 0,
             save_every: 200,
             seed: None,
         }
@@ -127,6 +152,15 @@ impl Training {
         });
         c.error(finite(self.clip), "clip", || format!("is {}, must be 0 or more", self.clip));
         c.range("warmup", self.warmup, 0.0, 1.0);
+        let e = self.label_smoothing;
+        c.error((0.0..1.0).contains(&e), "label-smoothing", || format!("is {e}, must lie in [0, 1)"));
+        c.error(self.patience == 0 || self.epochs == 0 || self.patience < self.epochs, "patience", || {
+            format!("is {}, must be below the {} epochs to have an effect", self.patience, self.epochs)
+        });
+        c.error(self.patience == 0 || self.keep == KeepEpoch::Best, "patience", || {
+            "stops after epochs that were no better, so the last one is not the one to keep: set `keep` to best"
+                .into()
+        });
         for (key, p) in [("dropout", self.dropout), ("head-dropout", self.head_dropout)] {
             c.error((0.0..1.0).contains(&p), key, || format!("is {p}, must lie in [0, 1)"));
         }

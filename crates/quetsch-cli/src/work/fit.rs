@@ -2,7 +2,7 @@
 //! a state to resume from, and a good end on Ctrl-C.
 
 use super::corpus::Training as Corpus;
-use crate::exit::interrupted;
+use crate::exit::{interrupted, usage};
 use crate::settings::{KeepEpoch, Schedule, Training};
 use crate::ui::{self, Ui, duration, percent};
 use anyhow::{Context, Result, anyhow};
@@ -13,7 +13,7 @@ use quetsch::metrics::argmax;
 use quetsch::runtime::Model;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles};
 use quetsch_train::fit::Progress;
-use quetsch_train::{Dropout, Event, FitError, FitSettings, Objective, State, TrainSet, fit};
+use quetsch_train::{Dropout, Event, FitError, FitSettings, Objective, State, Stop, TrainSet, fit};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::fs::{self, File, OpenOptions};
@@ -101,6 +101,9 @@ impl Fit<'_> {
     /// Trains.
     pub fn run(&self, ui: &Ui) -> Result<Trained> {
         let s = self.settings;
+        if s.patience > 0 && self.encoded.validation.is_empty() {
+            return Err(usage("`patience` needs validation data: set --validation, such as 0.1"));
+        }
         fs::create_dir_all(self.state).with_context(|| format!("cannot make {}", self.state.display()))?;
         let (best_dir, state_dir) = (self.state.join("best"), self.state.join("state"));
         // Killed before the first save, a run has nothing to go on from.
@@ -113,11 +116,14 @@ impl Fit<'_> {
         let state = State { dir: &state_dir, every_steps: s.save_every, resume, key: self.key.to_string() };
         let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
         let mut bar: Option<ui::Bar> = None;
+        let mut last = 0;
         let started = Instant::now();
-        let mut on = |event: Event| -> ControlFlow<()> {
+        let mut on = |event: Event| -> ControlFlow<Stop> {
+            let mut enough = false;
             let handled = match event {
-                Event::Resumed { step } => {
+                Event::Resumed { step, epoch } => {
                     ui.note(format!("{}: going on after step {step}", self.name));
+                    (last, enough) = (epoch, self.is_enough(epoch, &best_dir));
                     metrics.cut_after(step)
                 }
                 Event::Step(p) => {
@@ -146,15 +152,17 @@ impl Fit<'_> {
                             kl: mean.kl,
                             validation_accuracy: accuracy,
                         });
+                        (last, enough) = (epoch, self.is_enough(epoch, &best_dir));
                     })
                 }
             };
             match handled {
                 Err(e) => {
                     trouble = Some(e);
-                    ControlFlow::Break(())
+                    ControlFlow::Break(Stop::Interrupted)
                 }
-                Ok(()) if ui::is_interrupted() => ControlFlow::Break(()),
+                Ok(()) if enough => ControlFlow::Break(Stop::Enough),
+                Ok(()) if ui::is_interrupted() => ControlFlow::Break(Stop::Interrupted),
                 Ok(()) => ControlFlow::Continue(()),
             }
         };
@@ -164,7 +172,9 @@ impl Fit<'_> {
             return Err(e);
         }
         let fitted = fitted.map_err(|e| self.explain(e))?;
-        let last = self.settings.epochs;
+        if last < s.epochs {
+            ui.note(format!("{}: no better for {} epochs, stopped after epoch {last}", self.name, s.patience));
+        }
         let (checkpoint, kept_epoch) = match (s.keep, read_best(&best_dir)) {
             (KeepEpoch::Best, Some(best)) if best.epoch != last => {
                 let mut kept = dir::read_checkpoint(&best_dir)?;
@@ -216,6 +226,12 @@ impl Fit<'_> {
             folder.commit()?;
         }
         Ok(Some(accuracy))
+    }
+
+    /// Whether the best epoch lies so far back that more of them are not worth it.
+    fn is_enough(&self, epoch: usize, best_dir: &Path) -> bool {
+        let patience = self.settings.patience;
+        patience > 0 && read_best(best_dir).is_some_and(|b| epoch >= b.epoch + patience)
     }
 
     fn explain(&self, error: FitError) -> anyhow::Error {

@@ -4,7 +4,7 @@ use super::corpus::{self, Training as Corpus};
 use super::fit::{self, Encoded, Fit, Trained};
 use super::{Job, Made, round};
 use crate::recipe::Kind;
-use crate::settings::{ComputeType, Data, Distill, Head, Kd, Prune, Quantize, Score, Train, Training};
+use crate::settings::{self, ComputeType, Data, Distill, Head, Kd, Prune, Quantize, Score, Train, Training};
 use crate::ui::{Ui, percent};
 use crate::values::{Amount, Place};
 use anyhow::{Context, Result, bail};
@@ -19,7 +19,7 @@ use quetsch::runtime::Model;
 use quetsch::spec::ModelSpec;
 use quetsch::tokenizer::Tokenizer;
 use quetsch_train::scores::{Sample, ffn_scores, head_scores};
-use quetsch_train::{Objective, TrainSet};
+use quetsch_train::{ClassWeights, Hard, Objective, Soft, TrainSet};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,7 +53,8 @@ fn train(job: &Job, s: &Train, key: &str, ui: &Ui) -> Result<Made> {
     let seed = s.training.seed.unwrap_or(job.seed);
     let start = with_head(&model.checkpoint.to_f32(), kind, corpus.train.names.clone(), seed)?;
     let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
-    let objective = Objective::CrossEntropy { label_smoothing: s.label_smoothing as f32 };
+    let weights = class_weights(&s.training, &corpus);
+    let objective = Objective::CrossEntropy(hard(&s.training, &weights));
     let run = Run { job, corpus: &corpus, encoded: &encoded, model: &model, settings: &s.training, key };
     let (trained, report) = run.fit(&start, objective, ui)?;
     Ok(Made {
@@ -100,7 +101,9 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
     let encoded = fit::encode(&corpus, &teacher.tokenizer, s.training.max_length, job.threads)?;
     let run = Run { job, corpus: &corpus, encoded: &encoded, model: &teacher, settings: &s.training, key };
     let teacher_logits = run.teacher_logits(&teacher.checkpoint, "teacher", ui)?;
-    let (trained, report) = run.fit(&start, kd(&s.kd, &teacher_logits), ui)?;
+    let weights = class_weights(&s.training, &corpus);
+    let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &teacher_logits));
+    let (trained, report) = run.fit(&start, objective, ui)?;
     Ok(Made {
         checkpoint: trained.checkpoint,
         tokenizer: teacher.tokenizer,
@@ -109,8 +112,21 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
     })
 }
 
-fn kd<'a>(s: &Kd, teacher_logits: &'a [f32]) -> Objective<'a> {
-    Objective::Distill { alpha: s.alpha as f32, temperature: s.temperature as f32, teacher_logits }
+fn class_weights(s: &Training, corpus: &Corpus) -> Vec<f32> {
+    let how = match s.class_weights {
+        settings::ClassWeights::None => ClassWeights::None,
+        settings::ClassWeights::Balanced => ClassWeights::Balanced,
+        settings::ClassWeights::Sqrt => ClassWeights::Sqrt,
+    };
+    how.of(&corpus.train.labels, corpus.train.names.len())
+}
+
+fn hard<'a>(s: &Training, class_weights: &'a [f32]) -> Hard<'a> {
+    Hard { label_smoothing: s.label_smoothing as f32, class_weights }
+}
+
+fn soft<'a>(s: &Kd, logits: &'a [f32]) -> Soft<'a> {
+    Soft { alpha: s.alpha as f32, temperature: s.temperature as f32, logits }
 }
 
 /// Teacher and student must read the same ids and mean the same labels.
@@ -161,7 +177,8 @@ fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
         }
         None => run.teacher_logits(&model.checkpoint, "model", ui)?,
     };
-    let objective = kd(&s.kd, &teacher);
+    let weights = class_weights(&s.training, &corpus);
+    let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &teacher));
     let scores = match s.score {
         Score::Gradient => run.gradient_scores(s, &parent, &objective, ui)?,
         _ => scores_by_weight(s, &parent),

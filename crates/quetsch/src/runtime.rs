@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use classifier::Classifier;
+pub use quetsch_kernels::isa::{Isa, isa};
 
 /// A model packed for this machine; lives in RAM only.
 pub struct Model {

@@ -297,7 +297,8 @@ impl Comparison {
                 percent(v.figures.macro_f1),
                 percent(v.figures.top_3),
                 v.worst_recall.as_ref().map_or_else(none, |w| percent(w.recall)),
-                format!("{:.4}", v.figures.ece),
+                // The baseline's margins are no probabilities.
+                if is_model { format!("{:.4}", v.figures.ece) } else { none() },
                 v.parent.clone().unwrap_or_else(none),
                 against.map_or_else(none, |a| format!("{} pt", points(a.accuracy_delta, 2))),
                 against.map_or_else(none, |a| a.delta_interval.map(|x| points(x, 1)).join(" / ")),

@@ -216,6 +216,18 @@ fn small_commands() {
     place.ok("run quetsch.toml --dry-run");
     let html = place.ok("compare model dense --data test.csv --no-speed --report r.html");
     assert!(html.stdout.contains("dense") && place.read("r.html").starts_with(b"<!doctype html>"));
+    let compare = "compare model dense --data test.csv --no-speed";
+    place.ok(&format!("{compare} --gate flips<=0% --gate disk<=2x --report zh.html --report zh.json --lang zh"));
+    assert!(String::from_utf8_lossy(&place.read("zh.html")).contains("准确率"));
+    assert_eq!(json(&String::from_utf8_lossy(&place.read("zh.json")))["gates"][0]["met"], true);
+    for (gate, code, says) in [
+        ("disk<=0.000001MB", 3, "1 of 1 conditions are not met"),
+        ("latency<=1x", 2, "--no-speed"),
+        ("acuracy>=1%", 2, "worst_recall"),
+    ] {
+        let done = place.run(&format!("{compare} --gate {gate}"));
+        assert!(done.code == code && done.stderr.contains(says), "{gate}: {} {}", done.code, done.stderr);
+    }
 }
 
 /// The bar is hidden then, and once held its lock twice.

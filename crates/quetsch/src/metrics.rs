@@ -38,12 +38,25 @@ pub struct Metrics {
     pub top_3: f64,
     /// Expected calibration error: |accuracy - confidence| by row over 15 equal-width bins of the confidence.
     pub ece: f64,
+    /// The bins that [`Metrics::ece`] is made of, empty ones left out: a reliability diagram.
+    pub reliability: Vec<Reliability>,
     /// The mean negative log probability of the truth.
     pub loss: f64,
     /// One entry a label, in label order.
     pub per_class: Vec<ClassMetrics>,
     /// The most frequent confusions, up to 20.
     pub confusions: Vec<Confusion>,
+}
+
+/// The rows whose confidence, the probability of the prediction, falls into one bin.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Reliability {
+    /// Their mean confidence.
+    pub confidence: f64,
+    /// The share of them whose prediction is the truth.
+    pub accuracy: f64,
+    /// How many.
+    pub n: usize,
 }
 
 /// One label's share. A ratio of nothing to nothing is 0.
@@ -112,7 +125,7 @@ pub fn evaluate(logits: &[f32], truth: &[u32], names: &[String]) -> Metrics {
     let mut hits = vec![0; labels];
     let mut confused: BTreeMap<(usize, usize), usize> = BTreeMap::new();
     let (mut loss, mut top_3) = (0.0, 0);
-    let mut bins = [(0.0, 0.0); ECE_BINS];
+    let mut bins = [(0.0, 0.0, 0); ECE_BINS];
     for (row, truth) in rows(logits, truth, labels) {
         let log_p = log_softmax(row);
         let predicted = argmax(row);
@@ -130,6 +143,7 @@ pub fn evaluate(logits: &[f32], truth: &[u32], names: &[String]) -> Metrics {
         let bin = ((confidence * ECE_BINS as f64).ceil() as usize).clamp(1, ECE_BINS) - 1;
         bins[bin].0 += confidence;
         bins[bin].1 += f64::from(u8::from(predicted == truth));
+        bins[bin].2 += 1;
     }
 
     let ratio = |part: usize, whole: usize| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
@@ -153,7 +167,14 @@ pub fn evaluate(logits: &[f32], truth: &[u32], names: &[String]) -> Metrics {
         macro_f1: seen.iter().sum::<f64>() / seen.len() as f64,
         weighted_f1: per_class.iter().map(|c| c.f1 * c.support as f64).sum::<f64>() / n as f64,
         top_3: top_3 as f64 / n as f64,
-        ece: bins.iter().map(|(confidence, hits)| (confidence - hits).abs()).sum::<f64>() / n as f64,
+        ece: bins.iter().map(|(confidence, hits, _)| (confidence - hits).abs()).sum::<f64>() / n as f64,
+        reliability: (bins.iter().filter(|bin| bin.2 > 0))
+            .map(|&(confidence, hits, n)| Reliability {
+                confidence: confidence / n as f64,
+                accuracy: hits / n as f64,
+                n,
+            })
+            .collect(),
         loss: loss / n as f64,
         per_class,
         confusions: (confused.into_iter().take(CONFUSIONS))
@@ -190,6 +211,31 @@ pub fn agreement(parent: &[f32], child: &[f32], truth: &[u32], labels: usize) ->
         delta_interval: bootstrap(&deltas),
         flipped,
     }
+}
+
+/// The temperature that logits are divided by for the lowest loss (Guo et al. 2017). It changes no prediction.
+pub fn temperature(logits: &[f32], truth: &[u32], labels: usize) -> f64 {
+    let loss = |t: f64| -> f64 {
+        let scaled: Vec<f32> = logits.iter().map(|&x| (f64::from(x) / t) as f32).collect();
+        rows(&scaled, truth, labels).map(|(row, truth)| -log_softmax(row)[truth]).sum()
+    };
+    // The loss is convex in 1/t, so it has one valley in ln t: golden-section search.
+    let golden = (5f64.sqrt() - 1.0) / 2.0;
+    let (mut low, mut high) = (0.05f64.ln(), 20f64.ln());
+    let (mut a, mut b) = (high - golden * (high - low), low + golden * (high - low));
+    let (mut loss_a, mut loss_b) = (loss(a.exp()), loss(b.exp()));
+    while high - low > 1e-3 {
+        if loss_a <= loss_b {
+            (high, b, loss_b) = (b, a, loss_a);
+            a = high - golden * (high - low);
+            loss_a = loss(a.exp());
+        } else {
+            (low, a, loss_a) = (a, b, loss_b);
+            b = low + golden * (high - low);
+            loss_b = loss(b.exp());
+        }
+    }
+    ((low + high) / 2.0).exp()
 }
 
 /// exp(x) / sum exp(x), in place.

@@ -1,10 +1,11 @@
 //! `quetsch compare`: models side by side.
 
+use crate::exit::usage;
 use crate::settings::{self, Data};
 use crate::ui::Ui;
-use crate::work::compare::{Comparison, Plan, compare};
+use crate::work::compare::{Plan, compare};
 use crate::work::gate::{self, Gate};
-use crate::work::pretty;
+use crate::work::{corpus, pretty};
 use anyhow::Result;
 use clap::Args;
 use quetsch::atomic::write_file;
@@ -28,10 +29,13 @@ pub struct CompareModels {
     /// Name of the label column; found by its usual names if not given
     #[arg(long, value_name = "NAME")]
     label_col: Option<String>,
-    /// Write a report too: .html, .md or .json
+    /// Labelled texts to fit temperatures on, neither trained nor measured on; models stay as they are
     #[arg(long, value_name = "FILE")]
-    report: Option<PathBuf>,
-    /// End with exit code 3 unless this holds for every model: accuracy>=-0.5pt, flips<=1%, accuracy>=92%
+    calibration: Option<PathBuf>,
+    /// Write a report too: .html, .md or .json; may be given several times
+    #[arg(long, value_name = "FILE")]
+    report: Vec<PathBuf>,
+    /// End with exit code 3 unless this holds for every model after the first (a model alone, too): accuracy>=-0.5pt, flips<=1%, latency<=0.5x, disk<=30MB
     #[arg(long, value_name = "CONDITION")]
     gate: Vec<Gate>,
     #[command(flatten)]
@@ -47,33 +51,66 @@ pub fn run(c: &CompareModels, ui: &Ui) -> Result<()> {
         label_col: c.label_col.clone(),
         ..Data::default()
     };
+    if let Some(file) = c.report.iter().find(|f| Form::of(f).is_none()) {
+        return Err(usage(format!("--report {}: expected .html, .md or .json", file.display())));
+    }
+    let calibration = match (&c.calibration, c.dirs.first()) {
+        (Some(file), Some(first)) => {
+            let labels = quetsch::dir::read_checkpoint(first)?.labels;
+            Some(corpus::read(file, &data, &labels)?)
+        }
+        _ => None,
+    };
     let plan = Plan {
-        models: c.dirs.iter().map(|d| (name(d), d.clone())).collect(),
+        models: names(&c.dirs).into_iter().zip(c.dirs.clone()).collect(),
         data: &data,
-        no_baseline: c.settings.no_baseline,
-        no_speed: c.settings.no_speed,
+        calibration,
+        settings: &c.settings,
+        gates: &c.gate,
+        skip_gates: usize::from(c.dirs.len() > 1),
         threads: ui.threads(None),
     };
     let comparison = compare(&plan, ui)?;
-    if let Some(file) = &c.report {
-        write(&comparison, file)?;
+    for file in &c.report {
+        let lang = c.settings.lang;
+        let bytes = match Form::of(file) {
+            Some(Form::Html) => {
+                comparison.html(lang.pick("Quetsch: comparison", "Quetsch:模型对比"), lang)?.into_bytes()
+            }
+            Some(Form::Markdown) => comparison.markdown(lang).into_bytes(),
+            _ => pretty(&comparison)?,
+        };
+        write_file(file, &bytes)?;
     }
     ui.result(format!("{}\n{}", comparison.table(), comparison.legend()), &comparison)?;
-    let models: Vec<_> = comparison.variants.iter().filter(|v| v.dir.is_some()).collect();
-    gate::check(&c.gate, &models)
+    gate::verdict(&comparison.gates)
 }
 
-fn name(dir: &Path) -> String {
-    dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned())
+/// What a report is written as.
+enum Form {
+    Html,
+    Markdown,
+    Json,
 }
 
-/// A report in the form that the file's name asks for.
-fn write(comparison: &Comparison, file: &Path) -> Result<()> {
-    let bytes = match file.extension().and_then(|e| e.to_str()) {
-        Some("html") => comparison.html("Quetsch: comparison")?.into_bytes(),
-        Some("md") => comparison.markdown().into_bytes(),
-        Some("json") => pretty(comparison)?,
-        _ => return Err(crate::exit::usage(format!("--report {}: expected .html, .md or .json", file.display()))),
+impl Form {
+    /// By the file's name.
+    fn of(file: &Path) -> Option<Form> {
+        match file.extension()?.to_str()? {
+            "html" => Some(Form::Html),
+            "md" => Some(Form::Markdown),
+            "json" => Some(Form::Json),
+            _ => None,
+        }
+    }
+}
+
+/// The folders' last names; where two are the same, the paths.
+fn names(dirs: &[PathBuf]) -> Vec<String> {
+    let last = |d: &PathBuf| d.file_name().map(|n| n.to_string_lossy().into_owned());
+    let name = |d: &PathBuf| match last(d) {
+        Some(name) if dirs.iter().filter(|o| last(o).as_ref() == Some(&name)).count() == 1 => name,
+        _ => d.display().to_string(),
     };
-    Ok(write_file(file, &bytes)?)
+    dirs.iter().map(name).collect()
 }

@@ -6,6 +6,7 @@ use crate::recipe;
 use crate::ui::{self, Ui, duration};
 use crate::work::pipeline::{self, Options};
 use crate::work::pretty;
+use crate::work::report::Lang;
 use anyhow::{Context, Result};
 use clap::Args;
 use quetsch::atomic::write_file;
@@ -101,7 +102,7 @@ pub fn run(d: &Demo, ui: &Ui) -> Result<()> {
 
     let markdown = format!(
         "# Quetsch demo\n\n{ABOUT}\n\n{}\n## Top-3 of the int8 model\n\n```\n{printed}```\n",
-        comparison.markdown()
+        comparison.markdown(Lang::En)
     );
     let report = json!({
         "seconds": crate::work::round(started.elapsed().as_secs_f64(), 1),
@@ -110,7 +111,7 @@ pub fn run(d: &Demo, ui: &Ui) -> Result<()> {
         "stages": finished.report["stages"],
     });
     write_file(d.out.join("report.md"), markdown.as_bytes())?;
-    write_file(d.out.join("report.html"), comparison.html("Quetsch demo")?.as_bytes())?;
+    write_file(d.out.join("report.html"), comparison.html("Quetsch demo", Lang::En)?.as_bytes())?;
     write_file(d.out.join("report.json"), &pretty(&report)?)?;
     let took = duration(started.elapsed().as_secs_f64());
     let out = d.out.display();

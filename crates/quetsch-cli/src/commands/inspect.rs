@@ -1,13 +1,13 @@
 //! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept.
 
 use crate::ui::{Ui, mb};
+use crate::work::parts::{bytes, part_of};
 use anyhow::Result;
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
-use quetsch::checkpoint::{FloatType, Stored};
 use quetsch::dir;
-use quetsch::quant::{self, Absmax, Scheme};
-use quetsch::spec::{Lin, Role, Tensor};
+use quetsch::quant::{self, Scheme};
+use quetsch::spec::Tensor;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -84,36 +84,6 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
         parts,
     };
     ui.result(human(&facts), &facts)
-}
-
-fn part_of(tensor: Tensor, role: Role) -> &'static str {
-    match (tensor, role) {
-        (_, Role::Embedding) => "embeddings",
-        (_, Role::Norm) => "norms",
-        (Tensor::W(l) | Tensor::B(l), _) => match l {
-            Lin::Query(_) | Lin::Key(_) | Lin::Value(_) | Lin::Out(_) => "attention",
-            Lin::Up(_) | Lin::Down(_) => "feed-forward",
-            Lin::HeadDense | Lin::Classifier => "head",
-            Lin::UnusedPooler => "unused pooler",
-        },
-        _ => "other",
-    }
-}
-
-/// Bytes in the file, scales included.
-fn bytes(stored: &Stored) -> usize {
-    match stored {
-        Stored::Float { dtype: FloatType::F32, data } => 4 * data.len(),
-        Stored::Float { data, .. } => 2 * data.len(),
-        Stored::Int8(q) => q.values.len() + 4 * q.scb.len(),
-        Stored::FourBit(q) => {
-            q.packed.len()
-                + match &q.absmax {
-                    Absmax::Plain(scales) => 4 * scales.len(),
-                    Absmax::Nested { codes, nested_absmax, .. } => codes.len() + 4 * nested_absmax.len(),
-                }
-        }
-    }
 }
 
 fn table(header: &[&str], left: &[usize]) -> Table {

@@ -12,6 +12,8 @@ mod run;
 mod shell;
 mod stage;
 
+#[cfg(test)]
+pub use bench::Latency;
 pub use bench::Speed;
 
 use crate::recipe::Kind;

@@ -36,7 +36,7 @@ pub struct Run {
     /// Print what would be done, and do nothing
     #[arg(long)]
     dry_run: bool,
-    /// End with exit code 3 unless this holds for every model after the first: accuracy>=-0.5pt, flips<=1%
+    /// End with exit code 3 unless this holds for every model after the first: accuracy>=-0.5pt, flips<=1%, latency<=0.5x
     #[arg(long, value_name = "CONDITION")]
     gate: Vec<Gate>,
 }

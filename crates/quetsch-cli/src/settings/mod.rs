@@ -7,6 +7,7 @@ mod training;
 pub use training::{ClassWeights, Kd, KeepEpoch, Schedule, Training};
 
 use crate::values::{Amount, SiteRule};
+use crate::work::report::Lang;
 use clap::{Args, ValueEnum};
 use quetsch::quant::Scheme;
 use serde::{Deserialize, Serialize};
@@ -354,6 +355,12 @@ pub struct Compare {
     /// Leave out latency, throughput and memory
     #[arg(long)]
     pub no_speed: bool,
+    /// Compare every model with the first one, not with the one it was made from
+    #[arg(long)]
+    pub against_first: bool,
+    /// Language of the reports for people
+    #[arg(long, value_enum, default_value_t = Lang::En)]
+    pub lang: Lang,
 }
 
 impl Settings for Compare {}

@@ -1,20 +1,28 @@
 //! Variants of a model side by side: size, accuracy, what changed against the parent, speed and memory. Every variant
 //! is timed in a fresh process, so that no allocator or cache is shared.
 
+use super::gate::{self, Checked, Gate};
+use super::machine::{self, Machine};
+use super::parts::{self, Part, Storage};
 use super::provenance::Provenance;
 use super::{corpus, round};
 use crate::commands::Speed;
-use crate::settings::Data;
-use crate::ui::{Ui, mb, percent};
+use crate::settings::{self, Data};
+use crate::ui::Ui;
 use anyhow::{Context, Result, anyhow, bail};
-use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
 use quetsch::baseline::TfIdf;
+use quetsch::data::Dataset;
 use quetsch::dir;
 use quetsch::metrics::{self, Agreement, Metrics};
 use quetsch::runtime::Classifier;
-use serde::Serialize;
-use std::path::PathBuf;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+/// Changed answers that are written out for each variant; the counts are of all.
+const FLIPS_SHOWN: usize = 40;
+/// Points of a loss curve; each is a mean over as many steps as needed.
+const CURVE_POINTS: usize = 100;
 
 /// One line of the comparison.
 #[derive(Serialize)]
@@ -31,28 +39,120 @@ pub struct Variant {
     pub parameters: usize,
     /// Bytes of the weights' files.
     pub disk_bytes: u64,
+    /// What the bytes are spent on.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Part>,
+    /// How the weights are stored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub storage: Option<Storage>,
     /// On the data.
     #[serde(flatten)]
     pub figures: Metrics,
+    /// The label that is found least often.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worst_recall: Option<Worst>,
+    /// Whether its accuracy is below the baseline's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub below_baseline: Option<bool>,
+    /// With probabilities rescaled on data of their own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibrated: Option<Calibrated>,
     /// Against the parent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub against_parent: Option<Agreement>,
+    /// Against the first variant, if that is not the parent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub against_first: Option<Agreement>,
+    /// The first changed answers, those that became wrong before all others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub flipped: Vec<Flip>,
     /// In a process of its own.
     #[serde(flatten)]
     pub speed: Option<Speed>,
+    /// How the training loss fell: `[step, mean loss]`, if the model was trained.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub loss_curve: Vec<[f64; 2]>,
+    /// What it was made from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub provenance: Option<Provenance>,
 }
 
-/// All lines.
+/// The label with the lowest recall.
+#[derive(Clone, Debug, Serialize)]
+pub struct Worst {
+    /// The label.
+    pub label: String,
+    /// The share of its rows that are found.
+    pub recall: f64,
+    /// Its rows.
+    pub support: usize,
+}
+
+/// Figures on the test data with logits divided by a temperature fitted on other data. Reported only: the model stays.
+#[derive(Clone, Debug, Serialize)]
+pub struct Calibrated {
+    /// The temperature.
+    pub temperature: f64,
+    /// Expected calibration error with it.
+    pub ece: f64,
+    /// Loss with it.
+    pub loss: f64,
+}
+
+/// One changed answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Flip {
+    /// Row of the test data, from 0.
+    pub row: usize,
+    /// The sentence.
+    pub text: String,
+    /// Its label.
+    pub truth: String,
+    /// The parent's answer.
+    pub parent_says: String,
+    /// This variant's answer.
+    pub says: String,
+}
+
+/// The data measured on.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Measured {
+    /// The file.
+    pub test: String,
+    /// blake3 of its bytes.
+    pub test_blake3: String,
+    /// The file that the baseline was fitted on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train: Option<String>,
+}
+
+/// Everything that a report shows. Layout: `docs/report.md`.
 #[derive(Serialize)]
 pub struct Comparison {
     /// Layout of this JSON.
     pub version: u32,
+    /// Program and version.
+    pub tool: &'static str,
     /// Sentences measured on.
     pub sentences: usize,
+    /// Number of labels.
+    pub labels: usize,
     /// Threads used for timing.
     pub threads: usize,
+    /// Where it was measured.
+    pub machine: Machine,
+    /// What it was measured on.
+    pub data: Measured,
+    /// The command that does it again.
+    pub command: String,
+    /// The resolved recipe, if one was run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<String>,
     /// The variants in the order asked for, the baseline last.
     pub variants: Vec<Variant>,
+    /// Gates and whether they are met.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<Checked>,
 }
 
 /// What to compare, on what.
@@ -61,19 +161,24 @@ pub struct Plan<'a> {
     pub models: Vec<(String, PathBuf)>,
     /// Test data, and training data for the baseline.
     pub data: &'a Data,
-    /// Without the TF-IDF baseline.
-    pub no_baseline: bool,
-    /// Without timing.
-    pub no_speed: bool,
+    /// Data to fit temperatures on, which no model was trained or is tested on.
+    pub calibration: Option<Dataset>,
+    /// What to leave out, and what is compared with what.
+    pub settings: &'a settings::Compare,
+    /// Conditions.
+    pub gates: &'a [Gate],
+    /// Models that the conditions pass over.
+    pub skip_gates: usize,
     /// Threads.
     pub threads: usize,
 }
 
 /// Measures everything.
 pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
+    gate::possible(plan.gates, plan.settings.no_speed)?;
     let mut variants: Vec<Variant> = vec![];
     let (mut hashes, mut all_logits): (Vec<String>, Vec<Vec<f32>>) = (vec![], vec![]);
-    let mut truth: Option<quetsch::data::Dataset> = None;
+    let mut truth: Option<Dataset> = None;
     let test = plan.data.test.as_ref().context("no test data: give --data FILE")?;
     let steps = plan.models.len() as u64;
     let mut bar = ui.bar(steps, "compare");
@@ -90,22 +195,39 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
         }
         let logits = classifier.logits(&set.texts, plan.threads)?;
         let hash = corpus::hash_model(path)?;
-        let parent = parent_of(path, &hashes, i);
+        let provenance = Provenance::read(path);
+        let first = (i > 0).then_some(0);
+        let parent = match plan.settings.against_first {
+            true => first,
+            false => parent_of(provenance.as_ref(), &hashes).or(first),
+        };
+        let against = |p: usize| metrics::agreement(&all_logits[p], &logits, &set.labels, set.names.len());
+        let against_parent = parent.map(against);
+        let flipped = against_parent.as_ref().zip(parent);
+        let figures = metrics::evaluate(&logits, &set.labels, &set.names);
         variants.push(Variant {
             name: name.clone(),
             dir: Some(path.clone()),
             parent: parent.map(|p| variants[p].name.clone()),
             parameters: model.checkpoint.parameters(),
             disk_bytes: corpus::disk_bytes(path),
-            figures: metrics::evaluate(&logits, &set.labels, &set.names),
-            against_parent: parent
-                .map(|p| metrics::agreement(&all_logits[p], &logits, &set.labels, set.names.len())),
+            parts: parts::coarse(&model.checkpoint),
+            storage: Some(parts::storage(&model.checkpoint)),
+            worst_recall: worst(&figures),
+            below_baseline: None,
+            calibrated: calibrated(plan, &classifier, &logits, set)?,
+            figures,
+            flipped: flipped.map_or_else(Vec::new, |(a, p)| flips(a, &all_logits[p], &logits, set)),
+            against_parent,
+            against_first: first.filter(|_| parent != first).map(against),
             speed: None,
+            loss_curve: loss_curve(path),
+            provenance,
         });
         hashes.push(hash);
         all_logits.push(logits);
     }
-    if !plan.no_speed {
+    if !plan.settings.no_speed {
         for variant in &mut variants {
             bar.at(steps, || format!("timing {}", variant.name));
             if let Some(path) = &variant.dir {
@@ -115,33 +237,115 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
     }
     drop(bar);
     let set = truth.context("no model to compare")?;
-    if let Some(train) = plan.data.train.as_ref().filter(|_| !plan.no_baseline) {
+    if let Some(train) = plan.data.train.as_ref().filter(|_| !plan.settings.no_baseline) {
         let train = corpus::read(train.as_ref(), plan.data, &set.names)?;
         let baseline = TfIdf::fit(&train.texts, &train.labels, set.names.len());
         let scores: Vec<f32> = set.texts.iter().flat_map(|t| baseline.scores(t)).collect();
+        let figures = metrics::evaluate(&scores, &set.labels, &set.names);
+        variants.iter_mut().for_each(|v| v.below_baseline = Some(v.figures.accuracy < figures.accuracy));
         variants.push(Variant {
-            name: "TF-IDF baseline".into(),
+            name: BASELINE.into(),
             dir: None,
             parent: None,
             parameters: 0,
             disk_bytes: 0,
-            figures: metrics::evaluate(&scores, &set.labels, &set.names),
+            parts: vec![],
+            storage: None,
+            worst_recall: worst(&figures),
+            below_baseline: None,
+            calibrated: None,
+            figures,
             against_parent: None,
+            against_first: None,
+            flipped: vec![],
             speed: None,
+            loss_curve: vec![],
+            provenance: None,
         });
     }
-    Ok(Comparison { version: 1, sentences: set.len(), threads: plan.threads, variants })
+    let gates = gate::check(plan.gates, &variants, plan.skip_gates)?;
+    Ok(Comparison {
+        version: 1,
+        tool: concat!("quetsch ", env!("CARGO_PKG_VERSION")),
+        sentences: set.len(),
+        labels: set.names.len(),
+        threads: plan.threads,
+        machine: machine::this(),
+        data: Measured {
+            test: test.clone(),
+            test_blake3: corpus::hash_file(test.as_ref())?,
+            train: plan.data.train.clone().filter(|_| !plan.settings.no_baseline),
+        },
+        command: machine::command_line(),
+        recipe: None,
+        variants,
+        gates,
+    })
 }
 
-/// The variant that this one was made from, by its provenance; else the first one.
-fn parent_of(path: &std::path::Path, hashes: &[String], i: usize) -> Option<usize> {
-    let provenance = Provenance::read(path);
-    let made_from = provenance.as_ref().and_then(|p| p.inputs.get("model").or_else(|| p.inputs.get("teacher")));
-    made_from.and_then(|hash| hashes.iter().position(|h| h == hash)).or_else(|| (i > 0).then_some(0))
+/// The name of the baseline's line.
+pub const BASELINE: &str = "TF-IDF baseline";
+
+/// The variant that this one was made from, by its provenance.
+fn parent_of(provenance: Option<&Provenance>, hashes: &[String]) -> Option<usize> {
+    let made_from = provenance.and_then(|p| p.inputs.get("model").or_else(|| p.inputs.get("teacher")))?;
+    hashes.iter().position(|h| h == made_from)
+}
+
+fn worst(figures: &Metrics) -> Option<Worst> {
+    let seen = figures.per_class.iter().filter(|c| c.support > 0);
+    let worst = seen.min_by(|a, b| a.recall.total_cmp(&b.recall))?;
+    Some(Worst { label: worst.label.clone(), recall: worst.recall, support: worst.support })
+}
+
+fn calibrated(plan: &Plan, model: &Classifier, logits: &[f32], test: &Dataset) -> Result<Option<Calibrated>> {
+    let Some(set) = &plan.calibration else { return Ok(None) };
+    let own = model.logits(&set.texts, plan.threads)?;
+    let temperature = metrics::temperature(&own, &set.labels, set.names.len());
+    let scaled: Vec<f32> = logits.iter().map(|&x| (f64::from(x) / temperature) as f32).collect();
+    let with = metrics::evaluate(&scaled, &test.labels, &test.names);
+    Ok(Some(Calibrated { temperature, ece: with.ece, loss: with.loss }))
+}
+
+/// What became wrong first, then what became right, then one wrong answer for another.
+fn flips(against: &Agreement, parent: &[f32], own: &[f32], set: &Dataset) -> Vec<Flip> {
+    let labels = set.names.len();
+    let says = |logits: &[f32], row: usize| metrics::argmax(&logits[row * labels..][..labels]);
+    let rank = |row: usize| {
+        let truth = set.labels[row] as usize;
+        if says(parent, row) == truth { 0 } else { 1 + u8::from(says(own, row) != truth) }
+    };
+    let mut rows = against.flipped.clone();
+    rows.sort_by_key(|&row| (rank(row), row));
+    let flip = |row: usize| Flip {
+        row,
+        text: set.texts[row].clone(),
+        truth: set.names[set.labels[row] as usize].clone(),
+        parent_says: set.names[says(parent, row)].clone(),
+        says: set.names[says(own, row)].clone(),
+    };
+    rows.into_iter().take(FLIPS_SHOWN).map(flip).collect()
+}
+
+/// From `metrics.jsonl`; empty without one.
+fn loss_curve(dir: &Path) -> Vec<[f64; 2]> {
+    #[derive(Deserialize)]
+    struct Step {
+        step: f64,
+        loss: f64,
+    }
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap_or_default();
+    let steps: Vec<Step> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let chunks = steps.chunks(steps.len().div_ceil(CURVE_POINTS).max(1));
+    let mean = |chunk: &[Step]| {
+        let n = chunk.len() as f64;
+        [chunk.iter().map(|s| s.step).sum::<f64>() / n, round(chunk.iter().map(|s| s.loss).sum::<f64>() / n, 5)]
+    };
+    chunks.map(mean).filter(|[_, loss]| loss.is_finite()).collect()
 }
 
 /// `quetsch bench` in a process of its own.
-fn measure(model: &std::path::Path, plan: &Plan) -> Result<Speed> {
+fn measure(model: &Path, plan: &Plan) -> Result<Speed> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut command = Command::new(program);
     command.arg("bench").arg("--model").arg(model).args(["--format", "json", "--quiet", "--samples", "300"]);
@@ -157,112 +361,4 @@ fn measure(model: &std::path::Path, plan: &Plan) -> Result<Speed> {
         bail!("measuring {} failed: {}", model.display(), String::from_utf8_lossy(&done.stderr).trim());
     }
     serde_json::from_slice(&done.stdout).context("the process that measures wrote no JSON")
-}
-
-/// The columns of the table.
-const HEADER: [&str; 12] = [
-    "variant",
-    "params",
-    "disk MB",
-    "accuracy",
-    "macro-F1",
-    "parent",
-    "delta",
-    "flips",
-    "McNemar p",
-    "p50 ms",
-    "sent/s",
-    "RSS MB",
-];
-
-impl Comparison {
-    /// The cells of a line, as in [`HEADER`].
-    fn cells(v: &Variant) -> [String; 12] {
-        let none = || "-".to_string();
-        let speed = |f: &dyn Fn(&Speed) -> String| v.speed.as_ref().map_or_else(none, f);
-        let against = |f: &dyn Fn(&Agreement) -> String| v.against_parent.as_ref().map_or_else(none, f);
-        let is_model = v.dir.is_some();
-        [
-            v.name.clone(),
-            if is_model { format!("{:.2} M", v.parameters as f64 / 1e6) } else { none() },
-            if is_model { format!("{:.1}", mb(v.disk_bytes)) } else { none() },
-            percent(v.figures.accuracy),
-            percent(v.figures.macro_f1),
-            v.parent.clone().unwrap_or_else(none),
-            against(&|a| format!("{:+.2} pt", 100.0 * a.accuracy_delta)),
-            against(&|a| format!("{} ({})", a.flips, percent(a.flip_rate))),
-            against(&|a| format!("{:.3}", a.mcnemar.p)),
-            speed(&|s| format!("{:.2}", s.latency_ms.p50)),
-            speed(&|s| format!("{:.0}", s.sentences_per_s)),
-            speed(&|s| s.peak_rss_mb.map_or_else(none, |m| format!("{m:.1}"))),
-        ]
-    }
-
-    /// For a terminal: numbers to the right, the best accuracy in bold.
-    pub fn table(&self) -> String {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(HEADER);
-        let best = self.variants.iter().map(|v| v.figures.accuracy).fold(f64::NEG_INFINITY, f64::max);
-        for v in &self.variants {
-            let cells = Self::cells(v).into_iter().enumerate().map(|(i, text)| match i {
-                3 if v.figures.accuracy == best => Cell::new(text).add_attribute(Attribute::Bold),
-                _ => Cell::new(text),
-            });
-            table.add_row(cells);
-        }
-        for (i, column) in table.column_iter_mut().enumerate() {
-            if i != 0 && i != 5 {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
-        }
-        table.to_string()
-    }
-
-    /// For a pull request.
-    pub fn markdown(&self) -> String {
-        let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-        let mut text = line(&HEADER.map(str::to_string));
-        text +=
-            &line(&std::array::from_fn::<_, 12, _>(|i| if i == 0 || i == 5 { "---" } else { "---:" }.to_string()));
-        self.variants.iter().for_each(|v| text += &line(&Self::cells(v)));
-        text + &format!("\n{}\n", self.legend())
-    }
-
-    /// What the columns mean.
-    pub fn legend(&self) -> String {
-        format!(
-            "{} sentences, {} threads. delta, flips (changed predictions) and McNemar's p are against the parent; p50 is \
-             one sentence at a time, tokenising included; each model was timed in a process of its own.",
-            self.sentences, self.threads
-        )
-    }
-
-    /// One self-contained page.
-    pub fn html(&self, title: &str) -> Result<String> {
-        let rows: Vec<_> = self.variants.iter().map(|v| Self::cells(v).to_vec()).collect();
-        let largest = self.variants.iter().map(|v| v.disk_bytes).max().unwrap_or(1).max(1);
-        let slowest = self.variants.iter().filter_map(|v| v.speed.as_ref()).map(|s| s.latency_ms.p50);
-        let slowest = slowest.fold(f64::MIN_POSITIVE, f64::max);
-        let bars: Vec<_> = self
-            .variants
-            .iter()
-            .filter(|v| v.dir.is_some())
-            .map(|v| {
-                minijinja::context! {
-                    name => v.name.clone(),
-                    disk => round(100.0 * v.disk_bytes as f64 / largest as f64, 1),
-                    disk_mb => round(mb(v.disk_bytes), 1),
-                    latency => v.speed.as_ref().map(|s| round(100.0 * s.latency_ms.p50 / slowest, 1)),
-                    p50 => v.speed.as_ref().map(|s| s.latency_ms.p50),
-                    accuracy => percent(v.figures.accuracy),
-                }
-            })
-            .collect();
-        let mut env = minijinja::Environment::new();
-        env.add_template("report.html", include_str!("report.html"))?;
-        let page = env.get_template("report.html")?.render(minijinja::context! {
-            title, header => HEADER, rows, bars, legend => self.legend(),
-        })?;
-        Ok(page)
-    }
 }

@@ -1,12 +1,16 @@
-//! Quality gates: `accuracy>=-0.5pt` (against the parent), `accuracy>=0.92`, `flips<=1%`. A gate that is not met ends
-//! the program with exit code 3.
+//! Quality gates: `accuracy>=-0.5pt` (against the parent), `accuracy>=92%`, `latency<=0.5x`, `disk<=30MB`. A gate that
+//! is not met ends the program with exit code 3.
 
 use super::compare::Variant;
 use crate::exit::{gate, usage};
+use crate::ui::{mb, percent};
 use anyhow::Result;
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use std::fmt;
 use std::str::FromStr;
 
-/// One condition.
+/// One condition on one figure.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gate {
     text: String,
@@ -15,97 +19,241 @@ pub struct Gate {
     limit: Limit,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// What can be asked about a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Figure {
     Accuracy,
     MacroF1,
     Top3,
+    WorstRecall,
     Flips,
     Agreement,
+    Latency,
+    LatencyP99,
+    Throughput,
+    Disk,
+    Memory,
+}
+
+/// How the figures are measured; decides which limits make sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    /// 0 to 1; differences to the parent in points.
+    Share,
+    /// 0 to 1, already a comparison with the parent.
+    ShareOfParent,
+    Milliseconds,
+    PerSecond,
+    Megabytes,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Limit {
-    /// A share, 0 to 1.
+    /// In the figure's own unit.
     Absolute(f64),
-    /// Difference to the parent, in shares.
+    /// Difference to the parent, in shares: `-0.5pt` is -0.005.
     ToParent(f64),
+    /// Times the parent's: `0.5x`.
+    Ratio(f64),
+}
+
+impl Figure {
+    /// Every figure with its names, the first one is printed.
+    const ALL: [(Figure, &[&str]); 11] = [
+        (Figure::Accuracy, &["accuracy"]),
+        (Figure::MacroF1, &["macro_f1"]),
+        (Figure::Top3, &["top_3"]),
+        (Figure::WorstRecall, &["worst_recall"]),
+        (Figure::Flips, &["flips", "flip_rate"]),
+        (Figure::Agreement, &["agreement"]),
+        (Figure::Latency, &["latency", "latency_p50"]),
+        (Figure::LatencyP99, &["latency_p99"]),
+        (Figure::Throughput, &["throughput"]),
+        (Figure::Disk, &["disk", "size"]),
+        (Figure::Memory, &["memory"]),
+    ];
+
+    fn unit(self) -> Unit {
+        match self {
+            Figure::Accuracy | Figure::MacroF1 | Figure::Top3 | Figure::WorstRecall => Unit::Share,
+            Figure::Flips | Figure::Agreement => Unit::ShareOfParent,
+            Figure::Latency | Figure::LatencyP99 => Unit::Milliseconds,
+            Figure::Throughput => Unit::PerSecond,
+            Figure::Disk | Figure::Memory => Unit::Megabytes,
+        }
+    }
+
+    /// Whether it takes a process that measures speed and memory.
+    fn is_timed(self) -> bool {
+        matches!(self, Figure::Latency | Figure::LatencyP99 | Figure::Throughput | Figure::Memory)
+    }
+
+    /// Of a variant, in the figure's unit. What compares with the parent is not there for the first variant.
+    fn of(self, v: &Variant) -> Option<f64> {
+        let (speed, parent) = (v.speed.as_ref(), v.against_parent.as_ref());
+        match self {
+            Figure::Accuracy => Some(v.figures.accuracy),
+            Figure::MacroF1 => Some(v.figures.macro_f1),
+            Figure::Top3 => Some(v.figures.top_3),
+            Figure::WorstRecall => v.worst_recall.as_ref().map(|w| w.recall),
+            Figure::Flips => parent.map(|a| a.flip_rate),
+            Figure::Agreement => parent.map(|a| a.agreement),
+            Figure::Latency => speed.map(|s| s.latency_ms.p50),
+            Figure::LatencyP99 => speed.map(|s| s.latency_ms.p99),
+            Figure::Throughput => speed.map(|s| s.sentences_per_s),
+            Figure::Disk => Some(mb(v.disk_bytes)),
+            Figure::Memory => speed.and_then(|s| s.peak_rss_mb),
+        }
+    }
 }
 
 impl FromStr for Gate {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Gate, String> {
-        let example = "such as accuracy>=-0.5pt, accuracy>=92%, macro_f1>=0.9, flips<=1%";
-        let bad = |what: &str| format!("`{text}`: {what}, {example}");
+        let bad = |what: String| {
+            format!("{what}; such as accuracy>=-0.5pt, accuracy>=92%, flips<=1%, latency<=0.5x, disk<=30MB")
+        };
         let (name, at_least, value) = match (text.split_once(">="), text.split_once("<=")) {
-            (Some((name, value)), None) => (name, true, value),
-            (None, Some((name, value))) => (name, false, value),
-            _ => return Err(bad("expected FIGURE>=LIMIT or FIGURE<=LIMIT")),
+            (Some((name, value)), None) => (name.trim(), true, value.trim()),
+            (None, Some((name, value))) => (name.trim(), false, value.trim()),
+            _ => return Err(bad("expected FIGURE>=LIMIT or FIGURE<=LIMIT".into())),
         };
-        let figure = match name.trim() {
-            "accuracy" => Figure::Accuracy,
-            "macro_f1" | "macro-f1" => Figure::MacroF1,
-            "top_3" | "top-3" => Figure::Top3,
-            "flips" => Figure::Flips,
-            "agreement" => Figure::Agreement,
-            _ => return Err(bad("expected accuracy, macro_f1, top_3, flips or agreement")),
+        let wanted = name.replace('-', "_").to_lowercase();
+        let known = Figure::ALL.iter().find(|(_, names)| names.contains(&wanted.as_str()));
+        let Some((figure, _)) = known else {
+            let names = Figure::ALL.map(|(_, names)| names[0]).join(", ");
+            return Err(bad(format!("unknown figure `{name}`, expected one of {names}")));
         };
-        let value = value.trim();
-        let number = |v: &str| v.trim().parse::<f64>().ok().filter(|x| x.is_finite());
-        let limit = match (value.strip_suffix("pt"), value.strip_suffix('%')) {
-            (Some(v), _) => number(v).map(|x| Limit::ToParent(x / 100.0)),
-            (_, Some(v)) => number(v).map(|x| Limit::Absolute(x / 100.0)),
-            _ => number(value).map(Limit::Absolute),
+        let split = value.find(|c: char| c.is_alphabetic() || c == '%' || c == '/').unwrap_or(value.len());
+        let (number, unit) = value.split_at(split);
+        let x = number.trim().parse::<f64>().ok().filter(|x| x.is_finite());
+        let x = x.ok_or_else(|| bad(format!("`{value}` is not a number with a unit")))?;
+        let limit = match (figure.unit(), unit.trim()) {
+            (Unit::Share | Unit::ShareOfParent, "") => Limit::Absolute(x),
+            (Unit::Share | Unit::ShareOfParent, "%") => Limit::Absolute(x / 100.0),
+            (Unit::Share, "pt") => Limit::ToParent(x / 100.0),
+            (Unit::Milliseconds | Unit::PerSecond | Unit::Megabytes, "x") => Limit::Ratio(x),
+            (Unit::Milliseconds, "ms") | (Unit::Megabytes, "MB") => Limit::Absolute(x),
+            (Unit::PerSecond, "" | "/s") => Limit::Absolute(x),
+            (kind, _) => {
+                let forms = match kind {
+                    Unit::Share => "a share (0.92, 92%) or points against the parent (-0.5pt)",
+                    Unit::ShareOfParent => "a share (0.01, 1%)",
+                    Unit::Milliseconds => "milliseconds (2ms) or times the parent's (0.5x)",
+                    Unit::PerSecond => "sentences a second (1000/s) or times the parent's (2x)",
+                    Unit::Megabytes => "megabytes (30MB) or times the parent's (0.25x)",
+                };
+                return Err(bad(format!("`{value}` is no limit for {name}, expected {forms}")));
+            }
         };
-        let limit = limit.ok_or_else(|| bad("expected a number"))?;
-        if matches!(limit, Limit::ToParent(_)) && figure != Figure::Accuracy {
-            return Err(bad("points against the parent (pt) are for accuracy"));
-        }
-        Ok(Gate { text: text.trim().into(), figure, at_least, limit })
+        Ok(Gate { text: text.trim().into(), figure: *figure, at_least, limit })
     }
 }
 
+/// One gate looked at on one variant.
+#[derive(Clone, Debug, Serialize)]
+pub struct Checked {
+    /// The gate as written.
+    pub gate: String,
+    /// The variant.
+    pub variant: String,
+    /// What the figure is; for a limit against the parent, the difference or the ratio.
+    pub found: String,
+    /// Whether the gate is met.
+    pub met: bool,
+}
+
 impl Gate {
-    /// Checks one variant; a figure that needs a parent is not there for the first one.
-    fn value(&self, v: &Variant) -> Option<f64> {
-        let parent = v.against_parent.as_ref();
-        match (self.figure, self.limit) {
-            (Figure::Accuracy, Limit::ToParent(_)) => parent.map(|a| a.accuracy_delta),
-            (Figure::Accuracy, _) => Some(v.figures.accuracy),
-            (Figure::MacroF1, _) => Some(v.figures.macro_f1),
-            (Figure::Top3, _) => Some(v.figures.top_3),
-            (Figure::Flips, _) => parent.map(|a| a.flip_rate),
-            (Figure::Agreement, _) => parent.map(|a| a.agreement),
+    /// What the limit is compared with: the figure, its difference to the parent's or its ratio to it.
+    fn value(&self, v: &Variant, parent: Option<&Variant>) -> Option<f64> {
+        let own = self.figure.of(v)?;
+        let parent = || parent.and_then(|p| self.figure.of(p));
+        match self.limit {
+            Limit::Absolute(_) => Some(own),
+            Limit::ToParent(_) => Some(own - parent()?),
+            Limit::Ratio(_) => Some(own / parent()?),
         }
     }
 
+    /// NaN meets nothing.
     fn holds(&self, value: f64) -> bool {
-        let (Limit::Absolute(limit) | Limit::ToParent(limit)) = self.limit;
+        let (Limit::Absolute(limit) | Limit::ToParent(limit) | Limit::Ratio(limit)) = self.limit;
         // A difference of 0.005 that is stored as 0.0050000000001 meets a gate of half a point.
         let epsilon = 1e-9;
         if self.at_least { value >= limit - epsilon } else { value <= limit + epsilon }
     }
+
+    /// A value as people read it.
+    fn show(&self, value: f64) -> String {
+        match (self.limit, self.figure.unit()) {
+            (Limit::ToParent(_), _) => format!("{:+.2} pt", 100.0 * value),
+            (Limit::Ratio(_), _) => format!("{value:.3}x"),
+            (_, Unit::Share | Unit::ShareOfParent) => percent(value),
+            (_, Unit::Milliseconds) => format!("{value:.2} ms"),
+            (_, Unit::PerSecond) => format!("{value:.0}/s"),
+            (_, Unit::Megabytes) => format!("{value:.1} MB"),
+        }
+    }
 }
 
-/// Checks gates on variants; what has no parent passes those that need one.
-pub fn check(gates: &[Gate], variants: &[&Variant]) -> Result<()> {
-    let mut missed = vec![];
+impl fmt::Display for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Whether a gate needs speed or memory.
+pub fn timed(gates: &[Gate]) -> bool {
+    gates.iter().any(|g| g.figure.is_timed())
+}
+
+/// Refuses gates on figures that will not be measured, before anything is.
+pub fn possible(gates: &[Gate], no_speed: bool) -> Result<()> {
+    match gates.iter().find(|g| no_speed && g.figure.is_timed()) {
+        Some(g) => Err(usage(format!("--gate {g}: needs what --no-speed leaves out"))),
+        None => Ok(()),
+    }
+}
+
+/// Looks at every gate on every model but the first `skip` ones. The first model has no parent, and passes over gates
+/// that need one.
+pub fn check(gates: &[Gate], variants: &[Variant], skip: usize) -> Result<Vec<Checked>> {
+    let mut checked = vec![];
     for gate in gates {
-        let values: Vec<_> = variants.iter().filter_map(|v| Some((v, gate.value(v)?))).collect();
-        if values.is_empty() {
-            return Err(usage(format!("--gate {}: nothing to check it on", gate.text)));
-        }
-        for (v, value) in values {
-            if !gate.holds(value) {
-                missed.push(format!("{}: {} is not met, found {:.2}", v.name, gate.text, 100.0 * value));
+        let before = checked.len();
+        for v in variants.iter().filter(|v| v.dir.is_some()).skip(skip) {
+            let parent = v.parent.as_ref().and_then(|name| variants.iter().find(|p| p.name == *name));
+            if let Some(value) = gate.value(v, parent) {
+                let (found, met) = (gate.show(value), gate.holds(value));
+                checked.push(Checked { gate: gate.text.clone(), variant: v.name.clone(), found, met });
             }
         }
+        if checked.len() == before {
+            return Err(usage(format!(
+                "--gate {gate}: no model to check it on; figures against a parent need two"
+            )));
+        }
     }
-    match missed.is_empty() {
-        true => Ok(()),
-        false => Err(gate(format!("quality gate: {} (in points or %)", missed.join("; ")))),
+    Ok(checked)
+}
+
+/// An error with the table of what is not met, if anything is not.
+pub fn verdict(checked: &[Checked]) -> Result<()> {
+    let missed: Vec<_> = checked.iter().filter(|c| !c.met).collect();
+    if missed.is_empty() {
+        return Ok(());
     }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(["model", "gate", "found"]);
+    for c in &missed {
+        table.add_row([&c.variant, &c.gate, &c.found]);
+    }
+    if let Some(column) = table.column_mut(2) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let (n, of) = (missed.len(), checked.len());
+    Err(gate(format!("quality gate: {n} of {of} conditions are not met\n{table}")))
 }
 
 #[cfg(test)]
@@ -118,21 +266,49 @@ mod tests {
             ("accuracy>=-0.5pt", Some((-0.005, -0.006))),
             ("accuracy>=92%", Some((0.92, 0.9199))),
             ("accuracy >= 0.92", Some((0.92, 0.9199))),
+            ("macro-f1>=-1pt", Some((-0.01, -0.011))),
+            ("top_3>=98%", Some((0.98, 0.97))),
+            ("worst_recall >= 60 %", Some((0.6, 0.59))),
             ("flips<=1%", Some((0.01, 0.011))),
+            ("flip_rate<=0.01", Some((0.01, 0.011))),
+            ("latency<=0.5x", Some((0.5, 0.51))),
+            ("latency<=2ms", Some((2.0, 2.1))),
+            ("latency_p99<=5ms", Some((5.0, f64::NAN))),
+            ("throughput>=2x", Some((2.0, 1.9))),
+            ("throughput>=1000/s", Some((1000.0, 999.0))),
+            ("disk<=30MB", Some((30.0, 30.1))),
+            ("size<=0.25x", Some((0.25, 0.26))),
+            ("memory<=200MB", Some((200.0, 201.0))),
             ("flips<=1pt", None),
+            ("disk<=30", None),
+            ("disk<=30%", None),
+            ("latency<=-0.5pt", None),
+            ("accuracy>=0.9x", None),
             ("accuracy>0.9", None),
+            ("accuracy>=0.9<=1", None),
             ("speed>=9", None),
             ("accuracy>=high", None),
+            ("accuracy>=inf", None),
+            ("", None),
         ];
         for (text, want) in rows {
             let gate = text.parse::<Gate>();
             match want {
                 None => assert!(gate.is_err(), "{text}"),
                 Some((met, missed)) => {
-                    let gate = gate.expect(text);
+                    let gate = gate.unwrap_or_else(|e| panic!("{text}: {e}"));
                     assert!(gate.holds(met) && !gate.holds(missed), "{text}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn an_unknown_figure_names_those_that_exist() {
+        let message = "acuracy>=92%".parse::<Gate>().expect_err("a misspelling");
+        for (_, names) in Figure::ALL {
+            assert!(message.contains(names[0]), "{message}");
+        }
+        assert!("disk<=30".parse::<Gate>().expect_err("no unit").contains("30MB"));
     }
 }

@@ -5,9 +5,12 @@ pub mod compare;
 pub mod corpus;
 pub mod fit;
 pub mod gate;
+pub mod machine;
 pub mod make;
+pub mod parts;
 pub mod pipeline;
 pub mod provenance;
+pub mod report;
 
 use crate::exit::usage;
 use crate::recipe::Kind;

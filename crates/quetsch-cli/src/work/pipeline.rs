@@ -2,12 +2,14 @@
 
 use super::compare::{Comparison, Plan, compare};
 use super::gate::{self, Gate};
-use super::{Job, pretty};
+use super::{Job, corpus, pretty};
 use crate::exit::{interrupted, usage};
 use crate::recipe::{Kind, Recipe, Stage};
+use crate::settings::Compare;
 use crate::ui::{Ui, duration, is_interrupted};
 use anyhow::{Context, Result};
 use quetsch::atomic::write_file;
+use quetsch::data::Dataset;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -89,6 +91,8 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     }
     let started = Instant::now();
     std::fs::create_dir_all(&recipe.out).with_context(|| format!("cannot make {}", recipe.out.display()))?;
+    let comparisons = stages.iter().filter(|s| matches!(s.kind, Kind::Compare(_)));
+    let last_comparison = comparisons.last().map(|s| s.id.as_str());
     let (mut reports, mut comparison) = (vec![], None);
     for stage in stages {
         if is_interrupted() {
@@ -99,15 +103,26 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
         match &stage.kind {
             Kind::Eval(_) => reports.push(eval(&job, ui)?),
             Kind::Compare(s) => {
-                let models = s.models.iter().map(|n| (n.clone(), recipe.model_dir(n))).collect();
-                let (no_baseline, no_speed) = (s.no_baseline, s.no_speed);
-                let plan = Plan { models, data: &recipe.data, no_baseline, no_speed, threads };
-                let result = compare(&plan, ui)?;
+                let models: Vec<_> = s.models.iter().map(|n| (n.clone(), recipe.model_dir(n))).collect();
+                // Gates look at the last comparison.
+                let is_last = last_comparison == Some(stage.id.as_str());
+                let plan = Plan {
+                    calibration: validation(recipe, &models, ui)?,
+                    models,
+                    data: &recipe.data,
+                    settings: s,
+                    gates: if is_last { &options.gates } else { &[] },
+                    skip_gates: 1,
+                    threads,
+                };
+                let mut result = compare(&plan, ui)?;
+                result.recipe = Some(recipe.to_toml()?);
                 let dir = recipe.stage_dir(&stage.id);
                 std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+                let title = s.lang.pick("Quetsch: comparison", "Quetsch:模型对比");
                 write_file(dir.join("report.json"), &pretty(&result)?)?;
-                write_file(dir.join("report.md"), result.markdown().as_bytes())?;
-                write_file(dir.join("report.html"), result.html("Quetsch: comparison")?.as_bytes())?;
+                write_file(dir.join("report.md"), result.markdown(s.lang).as_bytes())?;
+                write_file(dir.join("report.html"), result.html(title, s.lang)?.as_bytes())?;
                 ui.say(format!("{}\n{}\n-> {}", result.table(), result.legend(), dir.display()))?;
                 reports.push(json!({ "id": stage.id, "stage": "compare", "comparison": result }));
                 comparison = Some(result);
@@ -136,19 +151,30 @@ fn check_gates(
     if options.gates.is_empty() {
         return Ok(());
     }
-    let own;
-    let comparison = match comparison {
-        Some(comparison) => comparison,
-        None => {
-            let models = stages.iter().filter(|s| s.kind.makes_model());
-            let models = models.map(|s| (s.id.clone(), recipe.stage_dir(&s.id))).collect();
-            let plan = Plan { models, data: &recipe.data, no_baseline: true, no_speed: true, threads };
-            own = compare(&plan, ui)?;
-            &own
-        }
+    if let Some(comparison) = comparison {
+        return gate::verdict(&comparison.gates);
+    }
+    let models = stages.iter().filter(|s| s.kind.makes_model());
+    let plan = Plan {
+        models: models.map(|s| (s.id.clone(), recipe.stage_dir(&s.id))).collect(),
+        data: &recipe.data,
+        calibration: None,
+        settings: &Compare { no_baseline: true, no_speed: !gate::timed(&options.gates), ..Compare::default() },
+        gates: &options.gates,
+        skip_gates: 1,
+        threads,
     };
-    let models: Vec<_> = comparison.variants.iter().filter(|v| v.dir.is_some()).skip(1).collect();
-    gate::check(&options.gates, &models)
+    gate::verdict(&compare(&plan, ui)?.gates)
+}
+
+/// The part of the training data that was set aside, to fit temperatures on.
+fn validation(recipe: &Recipe, models: &[(String, PathBuf)], ui: &Ui) -> Result<Option<Dataset>> {
+    let Some((_, first)) = models.first().filter(|_| recipe.data.validation > 0.0 && recipe.data.train.is_some())
+    else {
+        return Ok(None);
+    };
+    let labels = quetsch::dir::read_checkpoint(first)?.labels;
+    Ok(Some(corpus::training(&recipe.data, &labels, recipe.seed, ui)?.validation))
 }
 
 fn eval(job: &Job, ui: &Ui) -> Result<Value> {

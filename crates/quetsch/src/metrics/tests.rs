@@ -150,3 +150,26 @@ fn wilson_stays_in_bounds() {
         assert!(close, "{correct} of {n}: {found:?}, expected {expected:?}");
     }
 }
+
+#[test]
+fn reliability_bins_hold_every_row_and_make_the_ece() {
+    let fixture = fixture();
+    let (truth, labels) = (truth(&fixture), fixture["labels"].as_u64().unwrap() as usize);
+    let m = evaluate(&floats(&fixture["parent_logits"]), &truth, &names(labels));
+    assert_eq!(m.reliability.iter().map(|bin| bin.n).sum::<usize>(), m.n);
+    let gaps = m.reliability.iter().map(|bin| bin.n as f64 * (bin.confidence - bin.accuracy).abs());
+    assert!((gaps.sum::<f64>() / m.n as f64 - m.ece).abs() < 1e-12);
+    assert!(m.reliability.windows(2).all(|w| w[0].confidence < w[1].confidence));
+}
+
+/// Of ten rows at logit `x` against 0, eight are right: the best probability is 0.8, its logit ln 4.
+#[test]
+fn temperature_finds_the_frequencies() {
+    let truth: Vec<u32> = (0..10).map(|i| u32::from(i >= 8)).collect();
+    for x in [0.5f32, 1.0, 4.0, 9.0] {
+        let logits: Vec<f32> = [x, 0.0].repeat(10);
+        let found = temperature(&logits, &truth, 2);
+        let expected = f64::from(x) / 4f64.ln();
+        assert!((found / expected - 1.0).abs() < 2e-3, "{x}: {found}, expected {expected}");
+    }
+}

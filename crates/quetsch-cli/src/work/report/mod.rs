@@ -1,0 +1,506 @@
+//! A comparison as a table for the terminal, as Markdown for a pull request and as one HTML page. JSON is the
+//! comparison itself; its layout is in `docs/report.md`.
+
+mod plot;
+mod words;
+
+pub use words::Lang;
+
+use super::compare::{Comparison, Variant};
+use crate::commands::Speed;
+use crate::ui::{mb, percent};
+use anyhow::Result;
+use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
+use minijinja::{Environment, UndefinedBehavior};
+use plot::{Axis, Mark, Plot, front, line, mark, place_labels};
+use quetsch::metrics::Agreement;
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+type Words = BTreeMap<&'static str, &'static str>;
+
+/// The accuracy, in shares, that the recommended variant may lose against the first one.
+const MAX_DROP: f64 = 0.005;
+/// Changed answers and confusions that the page lists.
+const FLIPS_LISTED: usize = 12;
+const CONFUSIONS_LISTED: usize = 10;
+
+/// The columns of the terminal's table.
+const HEADER: [&str; 12] = [
+    "variant",
+    "params",
+    "disk MB",
+    "accuracy",
+    "macro-F1",
+    "parent",
+    "delta",
+    "flips",
+    "McNemar p",
+    "p50 ms",
+    "sent/s",
+    "RSS MB",
+];
+
+fn none() -> String {
+    "-".into()
+}
+
+/// The cells of a line, as in [`HEADER`].
+fn cells(v: &Variant) -> [String; 12] {
+    let speed = |f: &dyn Fn(&Speed) -> String| v.speed.as_ref().map_or_else(none, f);
+    let against = |f: &dyn Fn(&Agreement) -> String| v.against_parent.as_ref().map_or_else(none, f);
+    let is_model = v.dir.is_some();
+    [
+        v.name.clone(),
+        if is_model { format!("{:.2} M", v.parameters as f64 / 1e6) } else { none() },
+        if is_model { format!("{:.1}", mb(v.disk_bytes)) } else { none() },
+        percent(v.figures.accuracy),
+        percent(v.figures.macro_f1),
+        v.parent.clone().unwrap_or_else(none),
+        against(&|a| format!("{} pt", points(a.accuracy_delta, 2))),
+        against(&|a| format!("{} ({})", a.flips, percent(a.flip_rate))),
+        against(&|a| format!("{:.3}", a.mcnemar.p)),
+        speed(&|s| format!("{:.2}", s.latency_ms.p50)),
+        speed(&|s| format!("{:.0}", s.sentences_per_s)),
+        speed(&|s| s.peak_rss_mb.map_or_else(none, |m| format!("{m:.1}"))),
+    ]
+}
+
+/// A difference of shares in points, with its sign.
+fn points(delta: f64, decimals: usize) -> String {
+    format!("{:+.decimals$}", 100.0 * delta)
+}
+
+/// A variant against the first one.
+fn to_first(v: &Variant) -> Option<&Agreement> {
+    v.against_first.as_ref().or(v.against_parent.as_ref())
+}
+
+/// What a manager reads, in one language.
+#[derive(Debug, Serialize)]
+struct Summary {
+    /// Name of the recommended variant; none if every one loses too much.
+    recommended: Option<String>,
+    sentences: Vec<String>,
+}
+
+impl Comparison {
+    fn models(&self) -> impl Iterator<Item = &Variant> {
+        self.variants.iter().filter(|v| v.dir.is_some())
+    }
+
+    fn baseline(&self) -> Option<&Variant> {
+        self.variants.iter().find(|v| v.dir.is_none())
+    }
+
+    /// Of the models after the first that lose at most half a point and meet their gates the fastest, or the smallest
+    /// where nothing was timed.
+    fn recommended(&self) -> Option<&Variant> {
+        let first = self.models().next()?;
+        let good = |v: &&Variant| {
+            v.figures.accuracy >= first.figures.accuracy - MAX_DROP - 1e-9
+                && self.gates.iter().all(|g| g.met || g.variant != v.name)
+        };
+        let timed = self.models().all(|v| v.speed.is_some());
+        let cost = |v: &Variant| match &v.speed {
+            Some(s) if timed => s.latency_ms.p50,
+            _ => v.disk_bytes as f64,
+        };
+        self.models().skip(1).filter(good).min_by(|a, b| cost(a).total_cmp(&cost(b)))
+    }
+
+    /// The variant that the page shows in detail: the recommended one, else the last.
+    fn shown(&self) -> Option<&Variant> {
+        self.recommended().or_else(|| self.models().last())
+    }
+
+    fn summary(&self, lang: Lang) -> Summary {
+        let (Some(first), Some(shown)) = (self.models().next(), self.shown()) else {
+            return Summary { recommended: None, sentences: vec![] };
+        };
+        let zh = lang == Lang::Zh;
+        let (n, a, b) = (self.sentences, percent(shown.figures.accuracy), percent(first.figures.accuracy));
+        let (name, old) = (&shown.name, &first.name);
+        let mut s = vec![];
+        if shown.name == first.name {
+            let [low, high] = shown.figures.accuracy_interval.map(percent);
+            s.push(match zh {
+                true => format!("{name} 在 {n} 个测试句子上的准确率为 {a}(95% 区间 {low} 至 {high})。"),
+                false => format!("{name} answers {a} of {n} test sentences right (95% interval {low} to {high})."),
+            });
+        } else {
+            if self.recommended().is_none() {
+                s.push(match zh {
+                    true => format!("没有任何较小的模型能将损失控制在 {old} 的 0.5 个百分点以内并通过所有门槛;以下为 {name} 的情况。"),
+                    false => format!("No smaller model stays within 0.5 points of {old} and meets every gate; this is {name}."),
+                });
+            }
+            let delta = to_first(shown).map(|d| {
+                let [low, high] = d.delta_interval.map(|x| points(x, 2));
+                (points(d.accuracy_delta, 2), low, high, d.mcnemar.p, percent(d.flip_rate))
+            });
+            let (delta, low, high, p, flips) = delta.unwrap_or_default();
+            s.push(match zh {
+                true => format!(
+                    "{name} 在 {n} 个测试句子上答对 {a},{old} 答对 {b}(相差 {delta} 个百分点,95% 区间 {low} 至 {high})。"
+                ),
+                false => format!(
+                    "{name} answers {a} of {n} test sentences right, {old} {b} ({delta} points, 95% interval {low} to \
+                     {high})."
+                ),
+            });
+            s.push(match (p >= 0.05, zh) {
+                (true, true) => format!("这一差异未超出偶然范围(McNemar p = {p:.2});{flips} 的句子答案有变。"),
+                (true, false) => format!(
+                    "That difference may be chance (McNemar p = {p:.2}); the answer changed for {flips} of the sentences."
+                ),
+                (false, true) => format!("这一差异并非偶然(McNemar p = {p:.3});{flips} 的句子答案有变。"),
+                (false, false) => format!(
+                    "That difference is not chance (McNemar p = {p:.3}); the answer changed for {flips} of the sentences."
+                ),
+            });
+            s.push(cost(first, shown, zh));
+        }
+        if let Some(base) = self.baseline() {
+            let base_accuracy = percent(base.figures.accuracy);
+            let below: Vec<&str> =
+                self.models().filter(|v| v.below_baseline == Some(true)).map(|v| v.name.as_str()).collect();
+            s.push(match (below.is_empty(), zh) {
+                (true, true) => format!("不用神经网络的 TF-IDF 基线为 {base_accuracy},所有模型均不低于它。"),
+                (true, false) => {
+                    format!("Plain word statistics (TF-IDF) reach {base_accuracy}; no model is below that.")
+                }
+                (false, true) => {
+                    format!("不用神经网络的 TF-IDF 基线为 {base_accuracy};低于它的模型:{}。", below.join("、"))
+                }
+                (false, false) => format!(
+                    "Plain word statistics (TF-IDF) reach {base_accuracy}; below that, so not worth running: {}.",
+                    below.join(", ")
+                ),
+            });
+        }
+        if !self.gates.is_empty() {
+            let (met, all) = (self.gates.iter().filter(|g| g.met).count(), self.gates.len());
+            s.push(match zh {
+                true => format!("质量门槛:{all} 项中通过 {met} 项。"),
+                false => format!("Quality gates: {met} of {all} conditions are met."),
+            });
+        }
+        Summary { recommended: self.recommended().map(|v| v.name.clone()), sentences: s }
+    }
+
+    /// For a terminal: numbers to the right, the best accuracy in bold.
+    pub fn table(&self) -> String {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(HEADER);
+        let best = self.variants.iter().map(|v| v.figures.accuracy).fold(f64::NEG_INFINITY, f64::max);
+        for v in &self.variants {
+            let cells = cells(v).into_iter().enumerate().map(|(i, text)| match i {
+                3 if v.figures.accuracy == best => Cell::new(text).add_attribute(Attribute::Bold),
+                _ => Cell::new(text),
+            });
+            table.add_row(cells);
+        }
+        for (i, column) in table.column_iter_mut().enumerate() {
+            if i != 0 && i != 5 {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table.to_string()
+    }
+
+    /// What the columns of the table mean.
+    pub fn legend(&self) -> String {
+        format!(
+            "{} sentences, {} threads. delta, flips (changed predictions) and McNemar's p are against the parent; p50 is \
+             one sentence at a time, tokenising included; each model was timed in a process of its own.",
+            self.sentences, self.threads
+        )
+    }
+
+    /// For a pull request: the summary, the table, the gates.
+    pub fn markdown(&self, lang: Lang) -> String {
+        let w = lang.words();
+        let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+        let mut text = escape_markdown(&self.summary(lang).sentences.join(lang.pick(" ", ""))) + "\n\n";
+        text += &line(&HEADER.map(str::to_string));
+        text +=
+            &line(&std::array::from_fn::<_, 12, _>(|i| if i == 0 || i == 5 { "---" } else { "---:" }.to_string()));
+        self.variants.iter().for_each(|v| text += &line(&cells(v).map(|c| escape_markdown(&c))));
+        if !self.gates.is_empty() {
+            text +=
+                &format!("\n| {} | {} | {} | |\n| --- | --- | ---: | --- |\n", w["gate"], w["variant"], w["found"]);
+            for g in &self.gates {
+                let met = if g.met { w["met"] } else { w["missed"] };
+                let (gate, variant) = (escape_markdown(&g.gate), escape_markdown(&g.variant));
+                text += &format!("| {gate} | {variant} | {} | {met} |\n", g.found);
+            }
+        }
+        let m = &self.machine;
+        let command = self.command.replace("```", "");
+        text + &format!(
+            "\n{}\n\n{}, {} ({} CPUs, {}), {}\n\n```\n{command}\n```\n",
+            self.legend(),
+            escape_markdown(self.tool),
+            escape_markdown(&m.cpu),
+            m.cpus,
+            m.instruction_set,
+            m.system
+        )
+    }
+
+    /// One self-contained page. The template escapes everything that comes from users.
+    pub fn html(&self, title: &str, lang: Lang) -> Result<String> {
+        let w = lang.words();
+        let mut env = Environment::new();
+        env.set_undefined_behavior(UndefinedBehavior::Strict);
+        env.add_template("page.html", include_str!("page.html"))?;
+        let largest = self.models().flat_map(|v| v.parts.iter().map(|p| p.bytes).reduce(|a, b| a + b)).max();
+        let page = json!({
+            "title": title,
+            "w": w,
+            "lang": lang.code(),
+            "c": self,
+            "summary": self.summary(lang),
+            "rows": self.variants.iter().map(|v| self.row(v)).collect::<Vec<_>>(),
+            "shown": self.shown(),
+            "tradeoffs": self.tradeoffs(&w),
+            "has_front": self.models().count() > 1,
+            "sizes": self.models().map(|v| size_bar(v, largest.unwrap_or(1))).collect::<Vec<_>>(),
+            "stores": self.models().filter_map(store).collect::<Vec<_>>(),
+            "losses": self.losses(&w),
+            "reliability": self.reliability(&w),
+            "keys": self.reliability_keys(),
+            "flips": self.flips(),
+            "confusions": self.shown().map(|v| v.figures.confusions.iter().take(CONFUSIONS_LISTED).collect::<Vec<_>>()),
+            "calibrated": self.calibrated(),
+            "made": self.models().filter_map(|v| Some((&v.name, made_from(v)?))).collect::<Vec<_>>(),
+        });
+        let page = env.get_template("page.html")?.render(minijinja::value::Serde(&page))?;
+        Ok(page)
+    }
+
+    fn row(&self, v: &Variant) -> Value {
+        let against = v.against_parent.as_ref();
+        let [low, high] = v.figures.accuracy_interval;
+        let is_model = v.dir.is_some();
+        json!({
+            "name": v.name,
+            "below": v.below_baseline == Some(true),
+            "recommended": self.recommended().is_some_and(|r| std::ptr::eq(r, v)),
+            "cells": [
+                if is_model { format!("{:.2} M", v.parameters as f64 / 1e6) } else { none() },
+                if is_model { format!("{:.1}", mb(v.disk_bytes)) } else { none() },
+                percent(v.figures.accuracy),
+                format!("{:.1}-{:.1}", 100.0 * low, 100.0 * high),
+                percent(v.figures.macro_f1),
+                percent(v.figures.top_3),
+                v.worst_recall.as_ref().map_or_else(none, |w| percent(w.recall)),
+                // The baseline's margins are no probabilities.
+                if is_model { format!("{:.4}", v.figures.ece) } else { none() },
+                v.parent.clone().unwrap_or_else(none),
+                against.map_or_else(none, |a| format!("{} pt", points(a.accuracy_delta, 2))),
+                against.map_or_else(none, |a| a.delta_interval.map(|x| points(x, 1)).join(" / ")),
+                against.map_or_else(none, |a| format!("{} ({})", a.flips, percent(a.flip_rate))),
+                against.map_or_else(none, |a| format!("{:.3}", a.mcnemar.p)),
+                v.speed.as_ref().map_or_else(none, |s| format!("{:.2}", s.latency_ms.p50)),
+                v.speed.as_ref().map_or_else(none, |s| format!("{:.2}", s.latency_ms.p99)),
+                v.speed.as_ref().map_or_else(none, |s| format!("{:.0}", s.sentences_per_s)),
+                v.speed.as_ref().and_then(|s| s.peak_rss_mb).map_or_else(none, |m| format!("{m:.0}")),
+            ],
+        })
+    }
+
+    /// Accuracy against latency, where it was measured, and against size.
+    fn tradeoffs(&self, w: &Words) -> Vec<Plot> {
+        type Cost = fn(&Variant) -> Option<f64>;
+        let plots: [(&str, &str, Cost); 2] = [
+            (w["pareto_latency"], w["x_latency"], |v| v.speed.as_ref().map(|s| s.latency_ms.p50)),
+            (w["pareto_size"], w["x_size"], |v| v.dir.as_ref().map(|_| mb(v.disk_bytes))),
+        ];
+        let baseline = self.baseline().map(|b| 100.0 * b.figures.accuracy);
+        let intervals = self.models().flat_map(|v| v.figures.accuracy_interval).map(|a| 100.0 * a);
+        let y = Axis::around(intervals.chain(baseline), false, Axis::y);
+        let plot = |(title, x_label, cost): (&str, &str, Cost)| {
+            let models: Vec<(&Variant, f64)> = self.models().filter_map(|v| Some((v, cost(v)?))).collect();
+            if models.is_empty() {
+                return None;
+            }
+            let x = Axis::around(models.iter().map(|m| m.1), true, Axis::x);
+            let at: Vec<(f64, f64)> = models.iter().map(|(v, c)| (*c, 100.0 * v.figures.accuracy)).collect();
+            let on_front = front(&at);
+            let mut marks: Vec<Mark> = (models.iter().zip(&at).zip(&on_front))
+                .map(|(((v, _), (c, accuracy)), on_front)| {
+                    let class = match (v.below_baseline == Some(true), on_front) {
+                        (true, _) => "below",
+                        (_, true) => "front",
+                        _ => "dominated",
+                    };
+                    let interval = v.figures.accuracy_interval.map(|a| y.at(100.0 * a));
+                    let tip = format!("{}: {accuracy:.2}%, {c:.2}", v.name);
+                    Mark {
+                        interval: Some(interval),
+                        label: v.name.clone(),
+                        ..mark(class, x.at(*c), y.at(*accuracy), 5.0, tip)
+                    }
+                })
+                .collect();
+            place_labels(&mut marks);
+            let mut best: Vec<(f64, f64)> = at.iter().zip(&on_front).filter(|p| *p.1).map(|p| *p.0).collect();
+            best.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let mut lines = vec![line("frontier", &x, &y, best)];
+            if let Some(b) = baseline {
+                let (left, right) = x.ends();
+                lines.push(line("baseline", &x, &y, [(left, b), (right, b)]));
+            }
+            Some(Plot {
+                title: title.into(),
+                x_label: x_label.into(),
+                y_label: w["y_accuracy"].into(),
+                x_ticks: x.ticks(""),
+                y_ticks: y.ticks("%"),
+                lines,
+                marks,
+            })
+        };
+        plots.into_iter().filter_map(plot).collect()
+    }
+
+    fn losses(&self, w: &Words) -> Vec<Plot> {
+        let plot = |v: &Variant| {
+            let last = v.loss_curve.last()?[0];
+            let highest = v.loss_curve.iter().map(|p| p[1]).fold(0.0, f64::max);
+            let (x, y) = (Axis::x(0.0, last, false), Axis::y(0.0, 1.05 * highest, false));
+            Some(Plot {
+                title: v.name.clone(),
+                x_label: w["step"].into(),
+                y_label: w["loss"].into(),
+                x_ticks: x.ticks(""),
+                y_ticks: y.ticks(""),
+                lines: vec![line("s1", &x, &y, v.loss_curve.iter().map(|p| (p[0], p[1])))],
+                marks: vec![],
+            })
+        };
+        self.models().filter_map(plot).collect()
+    }
+
+    /// The first and the shown variant.
+    fn pair(&self) -> Vec<&Variant> {
+        let first = self.models().next();
+        let shown = self.shown().filter(|v| first.is_none_or(|f| f.name != v.name));
+        first.into_iter().chain(shown).collect()
+    }
+
+    fn reliability(&self, w: &Words) -> Plot {
+        let (x, y) = (Axis::x(0.0, 1.0, false), Axis::y(0.0, 1.0, false));
+        let (mut lines, mut marks) = (vec![line("ideal", &x, &y, [(0.0, 0.0), (1.0, 1.0)])], vec![]);
+        for (v, class) in self.pair().into_iter().zip(["s0", "s1"]) {
+            let bins = &v.figures.reliability;
+            lines.push(line(class, &x, &y, bins.iter().map(|b| (b.confidence, b.accuracy))));
+            marks.extend(bins.iter().map(|b| {
+                let r = 2.0 + 6.0 * (b.n as f64 / self.sentences.max(1) as f64).sqrt();
+                let tip = format!("{}: {:.2} -> {:.2} ({})", v.name, b.confidence, b.accuracy, b.n);
+                mark(class, x.at(b.confidence), y.at(b.accuracy), (10.0 * r).round() / 10.0, tip)
+            }));
+        }
+        Plot {
+            title: w["reliability"].into(),
+            x_label: w["confidence"].into(),
+            y_label: w["right"].into(),
+            x_ticks: x.ticks(""),
+            y_ticks: y.ticks(""),
+            lines,
+            marks,
+        }
+    }
+
+    fn reliability_keys(&self) -> Vec<(&str, String)> {
+        let keys = self.pair().into_iter().zip(["s0", "s1"]);
+        keys.map(|(v, class)| (class, format!("{} (ECE {:.3})", v.name, v.figures.ece))).collect()
+    }
+
+    fn calibrated(&self) -> Vec<Value> {
+        let row = |v: &Variant| {
+            let c = v.calibrated.as_ref()?;
+            let [t, before, after] = [c.temperature, v.figures.ece, c.ece].map(|x| format!("{x:.3}"));
+            Some(json!({ "name": v.name, "t": t, "before": before, "after": after }))
+        };
+        self.models().filter_map(row).collect()
+    }
+
+    fn flips(&self) -> Vec<Value> {
+        let of = |v: &Variant| {
+            let against = v.against_parent.as_ref()?;
+            Some(json!({
+                "name": v.name,
+                "parent": v.parent,
+                "count": against.flips,
+                "parent_only": against.mcnemar.parent_only,
+                "child_only": against.mcnemar.child_only,
+                "open": self.shown().is_some_and(|s| std::ptr::eq(s, v)),
+                "rows": v.flipped.iter().take(FLIPS_LISTED).collect::<Vec<_>>(),
+            }))
+        };
+        self.models().filter_map(of).collect()
+    }
+}
+
+/// Size and speed against the first model.
+fn cost(first: &Variant, v: &Variant, zh: bool) -> String {
+    let (old, new) = (mb(first.disk_bytes), mb(v.disk_bytes));
+    let times = old / new.max(1e-9);
+    let mut text = match zh {
+        true => format!("体积 {new:.1} MB,原为 {old:.1} MB(缩小到 1/{times:.1})"),
+        false => format!("It takes {new:.1} MB instead of {old:.1} MB ({times:.1} times smaller)"),
+    };
+    if let (Some(a), Some(b)) = (&first.speed, &v.speed) {
+        let (old, new) = (a.latency_ms.p50, b.latency_ms.p50);
+        let times = old / new.max(1e-9);
+        text += &match zh {
+            true => format!(",单句用时 {new:.2} ms,原为 {old:.2} ms(快 {times:.1} 倍)"),
+            false => format!(" and {new:.2} ms instead of {old:.2} ms a sentence ({times:.1} times as fast)"),
+        };
+    }
+    text + if zh { "。" } else { "." }
+}
+
+fn size_bar(v: &Variant, largest: usize) -> Value {
+    let share = |bytes: usize| crate::work::round(100.0 * bytes as f64 / largest.max(1) as f64, 2);
+    let parts = v.parts.iter().map(|p| {
+        let size = format!("{:.1} MB", mb(p.bytes as u64));
+        json!({ "part": p.part, "share": share(p.bytes), "size": size, "parameters": p.parameters })
+    });
+    let total: usize = v.parts.iter().map(|p| p.bytes).sum();
+    json!({ "name": v.name, "parts": parts.collect::<Vec<_>>(), "total": format!("{:.1} MB", mb(total as u64)) })
+}
+
+/// How a variant's weights are stored: many sites as a number, few by name.
+fn store(v: &Variant) -> Option<Value> {
+    let storage = v.storage.as_ref()?;
+    let schemes = storage.linears.iter().map(|(scheme, sites)| {
+        let names = (sites.len() <= 3).then(|| sites.join(", "));
+        json!({ "scheme": scheme, "n": sites.len(), "names": names })
+    });
+    Some(json!({ "name": v.name, "embeddings": storage.embeddings, "schemes": schemes.collect::<Vec<_>>() }))
+}
+
+fn made_from(v: &Variant) -> Option<String> {
+    let p = v.provenance.as_ref()?;
+    let short = |hash: &String| hash.chars().take(12).collect::<String>();
+    let inputs: Vec<_> = p.inputs.iter().map(|(role, hash)| format!("{role} {}", short(hash))).collect();
+    let settings: Vec<_> = p.settings.iter().map(|(key, value)| format!("{key} {value}")).collect();
+    Some(format!("{} | {} | {} | {}", p.tool, p.stage, inputs.join(", "), settings.join(", ")))
+}
+
+/// Text that means itself in a Markdown table.
+fn escape_markdown(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('|', "\\|")
+        .replace(['\n', '\r'], " ")
+}
+
+#[cfg(test)]
+mod tests;

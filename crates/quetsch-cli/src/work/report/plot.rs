@@ -1,0 +1,250 @@
+//! Geometry of the report's plots: data to places on a 400 x 270 canvas. The template draws, so that texts are escaped
+//! and colours chosen in one place.
+
+use serde::Serialize;
+
+/// The canvas, and the frame of the plot in it. Units are those of the SVG's viewBox, about a pixel on a phone.
+const LEFT: f64 = 52.0;
+const RIGHT: f64 = 388.0;
+const TOP: f64 = 12.0;
+const BOTTOM: f64 = 226.0;
+/// Height of a label's line.
+const LINE: f64 = 13.0;
+/// Width of a letter, roughly: labels only need not to leave the canvas.
+const LETTER: f64 = 6.4;
+
+/// One plot, ready to draw.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Plot {
+    /// Heading.
+    pub title: String,
+    /// Below the x axis.
+    pub x_label: String,
+    /// Above the y axis.
+    pub y_label: String,
+    /// Grid lines across.
+    pub x_ticks: Vec<Tick>,
+    /// Grid lines along.
+    pub y_ticks: Vec<Tick>,
+    /// Polylines.
+    pub lines: Vec<Line>,
+    /// Points.
+    pub marks: Vec<Mark>,
+}
+
+/// A grid line with its number.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Tick {
+    /// Place along the axis.
+    pub at: f64,
+    /// The number.
+    pub text: String,
+}
+
+/// A polyline.
+#[derive(Clone, Debug, Serialize)]
+pub struct Line {
+    /// Class in the style sheet.
+    pub class: &'static str,
+    /// `x,y x,y ...`
+    pub points: String,
+}
+
+/// A point, perhaps with a label and an interval.
+#[derive(Clone, Debug, Serialize)]
+pub struct Mark {
+    /// Class in the style sheet.
+    pub class: &'static str,
+    /// Place.
+    pub x: f64,
+    /// Place.
+    pub y: f64,
+    /// Radius.
+    pub r: f64,
+    /// Ends of the vertical interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval: Option<[f64; 2]>,
+    /// Beside the point; may be empty.
+    pub label: String,
+    /// Place of the label.
+    pub label_x: f64,
+    /// Place of the label.
+    pub label_y: f64,
+    /// `start` or `end`.
+    pub anchor: &'static str,
+    /// Shown when pointed at.
+    pub tip: String,
+}
+
+/// How an axis maps values.
+#[derive(Clone, Copy, Debug)]
+pub struct Axis {
+    low: f64,
+    high: f64,
+    log: bool,
+    from: f64,
+    to: f64,
+}
+
+impl Axis {
+    /// Left to right. A logarithmic axis needs positive values.
+    pub fn x(low: f64, high: f64, log: bool) -> Axis {
+        Axis::new(low, high, log, LEFT, RIGHT)
+    }
+
+    /// Bottom to top.
+    pub fn y(low: f64, high: f64, log: bool) -> Axis {
+        Axis::new(low, high, log, BOTTOM, TOP)
+    }
+
+    fn new(low: f64, high: f64, log: bool, from: f64, to: f64) -> Axis {
+        let (low, high) = match (low < high, log) {
+            (true, _) => (low, high),
+            (false, true) => (low / 2.0, low * 2.0),
+            (false, false) => (low - 0.5, low + 0.5),
+        };
+        Axis { low, high, log, from, to }
+    }
+
+    /// The axis around values, with some air.
+    pub fn around(values: impl Iterator<Item = f64>, log: bool, make: fn(f64, f64, bool) -> Axis) -> Axis {
+        let (low, high) = values
+            .filter(|x| x.is_finite() && (!log || *x > 0.0))
+            .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
+        if low > high {
+            return make(if log { 0.1 } else { 0.0 }, 1.0, log);
+        }
+        match log {
+            true => make(low / 1.4, high * 1.4, true),
+            false => {
+                let air = 0.06 * (high - low).max(1e-9);
+                make(low - air, high + air, false)
+            }
+        }
+    }
+
+    /// Both ends.
+    pub fn ends(&self) -> (f64, f64) {
+        (self.low, self.high)
+    }
+
+    /// The place of a value.
+    pub fn at(&self, value: f64) -> f64 {
+        let f = |x: f64| if self.log { x.max(f64::MIN_POSITIVE).ln() } else { x };
+        let share = (f(value) - f(self.low)) / (f(self.high) - f(self.low));
+        let share = if share.is_finite() { share.clamp(-0.02, 1.02) } else { 0.0 };
+        (10.0 * (self.from + share * (self.to - self.from))).round() / 10.0
+    }
+
+    /// Round numbers within, each printed with what it needs and `unit`.
+    pub fn ticks(&self, unit: &str) -> Vec<Tick> {
+        let values: Vec<f64> = if self.log {
+            let decades = self.low.log10().floor() as i32..=self.high.log10().ceil() as i32;
+            let all: Vec<f64> = decades.flat_map(|d| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(d))).collect();
+            let within: Vec<f64> = all.into_iter().filter(|v| (self.low..=self.high).contains(v)).collect();
+            match within.len() {
+                0..=7 => within,
+                _ => within.into_iter().filter(|v| (v.log10() - v.log10().round()).abs() < 1e-9).collect(),
+            }
+        } else {
+            let step = round_step((self.high - self.low) / 5.0);
+            let first = (self.low / step).ceil() as i64;
+            (first..first + 20).map(|i| i as f64 * step).take_while(|v| *v <= self.high).collect()
+        };
+        let smallest = match self.log {
+            true => self.low,
+            false => values.get(1).map_or(1.0, |v| v - values[0]),
+        };
+        let decimals = (-smallest.log10().floor()).clamp(0.0, 4.0) as usize;
+        let text = |v: f64| {
+            let number = format!("{v:.decimals$}");
+            let number = match self.log && number.contains('.') {
+                true => number.trim_end_matches('0').trim_end_matches('.').to_string(),
+                false => number,
+            };
+            format!("{number}{unit}")
+        };
+        values.into_iter().map(|v| Tick { at: self.at(v), text: text(v) }).collect()
+    }
+}
+
+/// 1, 2 or 5 times a power of ten, at least `step`.
+fn round_step(step: f64) -> f64 {
+    let ten = 10f64.powf(step.log10().floor());
+    let m = [1.0, 2.0, 5.0, 10.0].into_iter().find(|m| m * ten >= step * 0.999).unwrap_or(10.0);
+    m * ten
+}
+
+/// A polyline through values.
+pub fn line(class: &'static str, x: &Axis, y: &Axis, points: impl IntoIterator<Item = (f64, f64)>) -> Line {
+    let points = points.into_iter().map(|(a, b)| format!("{},{}", x.at(a), y.at(b)));
+    Line { class, points: points.collect::<Vec<_>>().join(" ") }
+}
+
+/// A point without label.
+pub fn mark(class: &'static str, x: f64, y: f64, r: f64, tip: String) -> Mark {
+    Mark { class, x, y, r, interval: None, label: String::new(), label_x: x, label_y: y, anchor: "start", tip }
+}
+
+/// Puts labels beside their points: to the right where there is room, apart from each other.
+pub fn place_labels(marks: &mut [Mark]) {
+    let mut order: Vec<usize> = (0..marks.len()).collect();
+    order.sort_by(|&a, &b| marks[a].y.total_cmp(&marks[b].y));
+    let mut placed: Vec<[f64; 3]> = vec![]; // x from, x to, y
+    for i in order {
+        let m = &mut marks[i];
+        let short: String = m.label.chars().take(24).collect();
+        m.label = short;
+        let width = LETTER * m.label.chars().count() as f64;
+        let right = m.x + 9.0 + width <= RIGHT + 8.0;
+        (m.anchor, m.label_x) = if right { ("start", m.x + 9.0) } else { ("end", m.x - 9.0) };
+        let from = if right { m.label_x } else { m.label_x - width };
+        let clear = |y: f64| {
+            let hits = |p: &&[f64; 3]| p[0] < from + width && from < p[1] && (p[2] - y).abs() < LINE;
+            placed.iter().find(hits).is_none()
+        };
+        let shifts = [0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 3.0].map(|n| m.y + 4.0 + n * LINE * 0.6);
+        m.label_y = shifts.into_iter().filter(|y| *y > TOP + 8.0 && *y < BOTTOM).find(|y| clear(*y)).unwrap_or(m.y);
+        placed.push([from, from + width, m.label_y]);
+    }
+}
+
+/// Which of (cost, gain) no other beats: less cost with as much gain, or more gain for the same cost.
+pub fn front(points: &[(f64, f64)]) -> Vec<bool> {
+    let beats = |a: &(f64, f64), b: &(f64, f64)| a.0 <= b.0 && a.1 >= b.1 && (a.0 < b.0 || a.1 > b.1);
+    points.iter().map(|p| !points.iter().any(|q| beats(q, p))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_round_and_few() {
+        let texts = |axis: Axis, unit| axis.ticks(unit).into_iter().map(|t| t.text).collect::<Vec<_>>();
+        assert_eq!(texts(Axis::y(90.1, 94.2, false), "%"), ["91%", "92%", "93%", "94%"]);
+        assert_eq!(texts(Axis::x(0.0, 1.0, false), ""), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
+        assert_eq!(texts(Axis::x(0.35, 14.0, true), ""), ["0.5", "1", "2", "5", "10"]);
+        for (low, high, log) in [(1.0, 1.0, false), (1.0, 1.0, true), (0.0, 1e-9, false), (1e-3, 1e5, true)] {
+            let n = Axis::x(low, high, log).ticks("").len();
+            assert!((1..=12).contains(&n), "{low} {high} {log}: {n}");
+        }
+    }
+
+    #[test]
+    fn the_front_is_what_nothing_beats() {
+        let points = [(7.0, 0.93), (3.0, 0.925), (2.0, 0.929), (0.5, 0.929), (11.0, 0.9295)];
+        assert_eq!(front(&points), [true, false, false, true, false]);
+        assert_eq!(front(&[(1.0, 1.0), (1.0, 1.0)]), [true, true], "equals do not beat each other");
+    }
+
+    #[test]
+    fn odd_values_stay_on_the_canvas() {
+        let axis = Axis::around([f64::NAN, 3.0, -1.0].into_iter(), true, Axis::x);
+        for value in [f64::NAN, -1.0, 0.0, 3.0, f64::INFINITY] {
+            let at = axis.at(value);
+            assert!((0.0..=400.0).contains(&at), "{value}: {at}");
+        }
+        Axis::around(std::iter::empty(), false, Axis::y).at(1.0);
+    }
+}

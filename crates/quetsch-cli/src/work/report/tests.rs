@@ -1,0 +1,120 @@
+//! Tests of `report`, on a comparison made by hand.
+
+use super::*;
+use crate::work::compare::{Flip, Measured};
+use crate::work::gate::Checked;
+use crate::work::machine;
+use crate::work::parts::{Part, Storage};
+use quetsch::metrics;
+
+const EVIL: &str = "<script>alert('&|\"')</script>";
+
+/// Two models and a baseline; every text that a user can choose is [`EVIL`].
+fn comparison() -> Comparison {
+    let names = vec![EVIL.to_string(), "b".to_string(), "c".to_string()];
+    let truth = [0, 0, 1, 1, 2, 2];
+    let old = [3., 0., 0., 2., 0., 1., 0., 3., 0., 0., 2., 0., 0., 0., 3., 1., 0., 2.];
+    let mut new = old;
+    new.swap(0, 1);
+    let variant = |name: &str, logits: &[f32], ms: f64, bytes: usize| Variant {
+        name: name.into(),
+        dir: Some("x".into()),
+        parent: None,
+        parameters: bytes,
+        disk_bytes: bytes as u64,
+        parts: vec![Part { part: "embeddings", parameters: bytes, bytes }],
+        storage: Some(Storage { linears: BTreeMap::from([("int8", vec![EVIL.to_string()])]), embeddings: "f16" }),
+        figures: metrics::evaluate(logits, &truth, &names),
+        worst_recall: None,
+        below_baseline: Some(false),
+        calibrated: None,
+        against_parent: None,
+        against_first: None,
+        flipped: vec![],
+        speed: Some(Speed {
+            threads: 1,
+            load_ms: 1.0,
+            first_answer_ms: 1.0,
+            latency_ms: crate::commands::Latency { p50: ms, p99: ms },
+            by_length: vec![],
+            sentences_per_s: 1.0,
+            peak_rss_mb: None,
+        }),
+        loss_curve: vec![[1.0, 2.0], [2.0, 1.0]],
+        provenance: None,
+    };
+    let first = variant(EVIL, &old, 2.0, 4_000_000);
+    let mut second = variant("small", &new, 1.0, 1_000_000);
+    second.parent = Some(EVIL.into());
+    second.against_parent = Some(metrics::agreement(&old, &new, &truth, 3));
+    second.below_baseline = Some(true);
+    second.flipped =
+        vec![Flip { row: 0, text: EVIL.into(), truth: EVIL.into(), parent_says: EVIL.into(), says: "b".into() }];
+    let mut baseline = variant("TF-IDF baseline", &old, 1.0, 0);
+    (baseline.dir, baseline.speed, baseline.parts) = (None, None, vec![]);
+    Comparison {
+        version: 1,
+        tool: "quetsch",
+        sentences: 6,
+        labels: 3,
+        threads: 1,
+        machine: machine::this(),
+        data: Measured { test: EVIL.into(), test_blake3: "0".into(), train: Some(EVIL.into()) },
+        command: EVIL.into(),
+        recipe: Some(EVIL.into()),
+        variants: vec![first, second, baseline],
+        gates: vec![Checked { gate: EVIL.into(), variant: "small".into(), found: "1".into(), met: false }],
+    }
+}
+
+#[test]
+fn nothing_that_a_user_wrote_is_markup() {
+    let c = comparison();
+    for lang in [Lang::En, Lang::Zh] {
+        let page = c.html(EVIL, lang).expect("a page");
+        assert!(!page.contains("<script"), "{lang:?}");
+        assert!(page.contains("&lt;script&gt;"), "{lang:?}: but it is there");
+        assert!(page.starts_with("<!doctype html>"), "{lang:?}: {}", &page[..40]);
+        assert!(page.contains(&format!("<html lang=\"{}\">", lang.code())));
+        for outside in ["http://", "https://", "@import", "url(", "src="] {
+            assert!(!page.contains(outside), "{outside}: the page stands alone");
+        }
+        assert!(!page.contains("NaN") && !page.contains("undefined"), "{lang:?}: every number is one");
+        let markdown = c.markdown(lang);
+        let fences = markdown.split("```").step_by(2).collect::<String>();
+        assert!(!fences.contains("<script") && fences.contains("&lt;script&gt;"), "{markdown}");
+    }
+}
+
+#[test]
+fn the_page_shows_every_part() {
+    let page = comparison().html("t", Lang::En).expect("a page");
+    for part in
+        ["What smaller costs", "Training", "Reliability diagram", "Sentences whose answer changed", "not met"]
+    {
+        assert!(page.contains(part), "{part}");
+    }
+    assert_eq!(page.matches("<svg").count(), 5, "two trade-offs, two losses, one reliability diagram");
+    assert!(page.contains("class=\"below\""), "points below the baseline are marked");
+}
+
+#[test]
+fn the_summary_says_what_was_measured() {
+    let mut c = comparison();
+    c.variants[0].name = "big".into();
+    let text = |c: &Comparison, lang| c.summary(lang).sentences.join(" ");
+    let en = text(&c, Lang::En);
+    assert!(en.contains("No smaller model stays within 0.5 points of big"), "{en}");
+    assert!(en.contains("4.0 times smaller") && en.contains("2.0 times as fast"), "{en}");
+    assert!(en.contains("below that, so not worth running: small"), "{en}");
+    assert!(en.contains("0 of 1 conditions are met"), "{en}");
+    assert!(text(&c, Lang::Zh).contains("没有任何较小的模型"));
+    c.gates.clear();
+    c.variants[1].figures.accuracy = c.variants[0].figures.accuracy;
+    assert_eq!(c.summary(Lang::En).recommended.as_deref(), Some("small"));
+    c.variants.truncate(1);
+    assert!(text(&c, Lang::En).contains("of 6 test sentences right"));
+    c.html("one model", Lang::En).expect("one model alone is a page too");
+    c.variants.clear();
+    c.html("nothing", Lang::Zh).expect("so is nothing");
+}

@@ -12,7 +12,7 @@ use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{
     AddedToken, EncodeInput, Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PostProcessor,
-    PreTokenizedString, PreTokenizer, Trainer, TruncationParams, truncate_encodings,
+    PreTokenizedString, PreTokenizer, Trainer, TruncationDirection, TruncationParams, truncate_encodings,
 };
 
 /// The tokenizer's files of a model directory, as they are.
@@ -20,6 +20,16 @@ use tokenizers::{
 pub struct TokenizerFiles {
     /// Bytes by file name.
     pub files: BTreeMap<String, Vec<u8>>,
+}
+
+/// Which end of a text that is too long is cut off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cut {
+    /// The beginning.
+    Left,
+    /// The end, as everywhere in training and `predict`.
+    #[default]
+    Right,
 }
 
 /// A tokenizer: immutable, shared between threads.
@@ -59,7 +69,7 @@ impl Tokenizer {
     /// # Errors
     /// `max_length` has no room for the special tokens.
     pub fn encode(&self, text: &str, max_length: usize) -> Result<Encoding> {
-        self.tokens(text, None, max_length)
+        self.encode_cut(text, None, max_length, Cut::Right)
     }
 
     /// The ids of a pair of texts; the longer one is cut first.
@@ -67,7 +77,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_pair(&self, a: &str, b: &str, max_length: usize) -> Result<Encoding> {
-        self.tokens(a, Some(b), max_length)
+        self.encode_cut(a, Some(b), max_length, Cut::Right)
     }
 
     /// Many texts on `threads` threads; the result does not depend on their number.
@@ -98,7 +108,11 @@ impl Tokenizer {
         Ok(encodings)
     }
 
-    fn tokens(&self, a: &str, b: Option<&str>, max_length: usize) -> Result<Encoding> {
+    /// The ids of a text or a pair, cut at the end that `cut` says. With `max_length` `usize::MAX` nothing is cut.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_cut(&self, a: &str, b: Option<&str>, max_length: usize, cut: Cut) -> Result<Encoding> {
         let special = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(b.is_some()));
         if max_length <= special {
             return Err(Error::invalid(format!(
@@ -106,7 +120,11 @@ impl Tokenizer {
             )));
         }
         let plain = |text| self.inner.encode_fast(EncodeInput::from(text), false).map_err(invalid("tokenizer"));
-        let cut = TruncationParams { max_length: max_length - special, ..TruncationParams::default() };
+        let direction = match cut {
+            Cut::Left => TruncationDirection::Left,
+            Cut::Right => TruncationDirection::Right,
+        };
+        let cut = TruncationParams { max_length: max_length - special, direction, ..TruncationParams::default() };
         let pair = b.map(plain).transpose()?;
         let (a, b) = truncate_encodings(plain(a)?, pair, &cut).map_err(invalid("tokenizer"))?;
         let e = self.inner.post_process(a, b, true).map_err(invalid("tokenizer"))?;

@@ -35,6 +35,7 @@ fn it_answers_and_ends_on_sigterm() {
         .current_dir(place.path(""))
         .args(["serve", "--model", "intents=model", "--port", "0", "-v"])
         .env("QUETSCH_API_KEY", "a secret key")
+        .env_remove("RUST_LOG")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

@@ -214,7 +214,8 @@ mod tests {
 
     #[test]
     fn limits_that_nothing_passes_are_refused() {
-        let rows: [(fn(&mut Limits), bool); 4] = [
+        type Change = fn(&mut Limits);
+        let rows: [(Change, bool); 4] = [
             (|_| {}, true),
             (|l| l.max_client_batch_size = 0, false),
             (|l| l.max_concurrent_requests = 31, false),

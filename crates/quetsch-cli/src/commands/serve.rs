@@ -4,7 +4,7 @@ use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::{ArgAction, Args};
 use quetsch_serve::{ApiKey, Config, Limits, ModelSource};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// Flags of `serve`.
@@ -45,7 +45,7 @@ pub struct Serve {
     api_key: Option<ApiKey>,
 }
 
-// By hand, so that no key can be printed; clap's derive wants it.
+// `Command` wants it; by hand, so that not even a key's hash is printed.
 impl std::fmt::Debug for Serve {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         f.debug_struct("Serve").field("model", &self.model).finish_non_exhaustive()
@@ -80,7 +80,7 @@ pub fn run(s: &Serve, ui: &Ui) -> Result<()> {
         ui.warn(format!("{} can be reached by others, and no --api-key is set", s.host));
     }
     let human = ui.human();
-    let listening = |address| {
+    let listening = |address: SocketAddr| {
         let line = match human {
             true => format!("listening on http://{address}\n"),
             false => format!("{}\n", serde_json::json!({ "listening": format!("http://{address}") })),

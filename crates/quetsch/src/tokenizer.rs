@@ -12,7 +12,7 @@ use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{
     AddedToken, EncodeInput, Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PostProcessor,
-    PreTokenizedString, PreTokenizer, Trainer, TruncationParams, truncate_encodings,
+    PreTokenizedString, PreTokenizer, Trainer, TruncationDirection, TruncationParams, truncate_encodings,
 };
 
 /// The tokenizer's files of a model directory, as they are.
@@ -20,6 +20,16 @@ use tokenizers::{
 pub struct TokenizerFiles {
     /// Bytes by file name.
     pub files: BTreeMap<String, Vec<u8>>,
+}
+
+/// Which end of a text that is too long is cut off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cut {
+    /// The beginning.
+    Left,
+    /// The end, as everywhere in training and `predict`.
+    #[default]
+    Right,
 }
 
 /// A tokenizer: immutable, shared between threads.
@@ -59,7 +69,7 @@ impl Tokenizer {
     /// # Errors
     /// `max_length` has no room for the special tokens.
     pub fn encode(&self, text: &str, max_length: usize) -> Result<Encoding> {
-        self.tokens(text, None, max_length)
+        self.encode_cut(text, None, max_length, Cut::Right)
     }
 
     /// The ids of a pair of texts; the longer one is cut first.
@@ -67,7 +77,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_pair(&self, a: &str, b: &str, max_length: usize) -> Result<Encoding> {
-        self.tokens(a, Some(b), max_length)
+        self.encode_cut(a, Some(b), max_length, Cut::Right)
     }
 
     /// Many texts on `threads` threads; the result does not depend on their number.
@@ -98,15 +108,24 @@ impl Tokenizer {
         Ok(encodings)
     }
 
-    fn tokens(&self, a: &str, b: Option<&str>, max_length: usize) -> Result<Encoding> {
+    /// The ids of a text or a pair, cut at the end that `cut` says. With `max_length` `usize::MAX` nothing is cut.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_cut(&self, a: &str, b: Option<&str>, max_length: usize, cut: Cut) -> Result<Encoding> {
         let special = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(b.is_some()));
         if max_length <= special {
             return Err(Error::invalid(format!(
                 "max_length is {max_length}, expected more than the {special} special tokens"
             )));
         }
-        let plain = |text| self.beginning(text, max_length);
-        let cut = TruncationParams { max_length: max_length - special, ..TruncationParams::default() };
+        // Cut on the left, a text's end is wanted, so all of it is read.
+        let (direction, enough) = match cut {
+            Cut::Left => (TruncationDirection::Left, usize::MAX),
+            Cut::Right => (TruncationDirection::Right, max_length),
+        };
+        let plain = |text| self.beginning(text, enough);
+        let cut = TruncationParams { max_length: max_length - special, direction, ..TruncationParams::default() };
         let pair = b.map(plain).transpose()?;
         let (a, b) = truncate_encodings(plain(a)?, pair, &cut).map_err(invalid("tokenizer"))?;
         let e = self.inner.post_process(a, b, true).map_err(invalid("tokenizer"))?;
@@ -125,11 +144,11 @@ impl Tokenizer {
         let encode =
             |text: &str| self.inner.encode_fast(EncodeInput::from(text), false).map_err(invalid("tokenizer"));
         let mut size = LONG;
-        while size < text.len() {
+        while size < text.len() && enough < usize::MAX {
             let cut = text.char_indices().skip_while(|(i, _)| *i < size).find(|(_, c)| c.is_whitespace());
             let Some((cut, _)) = cut else { break };
             let e = encode(&text[..cut])?;
-            if e.len() >= enough + LAST_FEW {
+            if e.len() >= enough.saturating_add(LAST_FEW) {
                 return Ok(e);
             }
             size = 4 * cut;

@@ -9,6 +9,7 @@ mod init;
 mod inspect;
 mod predict;
 mod run;
+mod serve;
 mod shell;
 mod stage;
 
@@ -43,6 +44,8 @@ pub enum Command {
     Compare(compare::CompareModels),
     /// Print the most likely labels of texts
     Predict(predict::Predict),
+    /// Answer requests over HTTP
+    Serve(serve::Serve),
     /// Measure latency, throughput, loading time and memory
     Bench(bench::Bench),
     /// Print shapes, parameters and bytes of a model
@@ -69,6 +72,7 @@ pub fn dispatch(command: Command, ui: &Ui) -> Result<()> {
         Command::Eval(c) => eval::run(&c, ui),
         Command::Compare(c) => compare::run(&c, ui),
         Command::Predict(c) => predict::run(&c, ui),
+        Command::Serve(c) => serve::run(&c, ui),
         Command::Bench(c) => bench::run(&c, ui),
         Command::Inspect(c) => inspect::run(&c, ui),
         Command::Export(c) => export::run(&c, ui),

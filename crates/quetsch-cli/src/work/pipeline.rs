@@ -91,8 +91,8 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     }
     let started = Instant::now();
     std::fs::create_dir_all(&recipe.out).with_context(|| format!("cannot make {}", recipe.out.display()))?;
-    let comparisons = stages.iter().filter(|s| matches!(s.kind, Kind::Compare(_)));
-    let last_comparison = comparisons.last().map(|s| s.id.as_str());
+    let mut comparisons = stages.iter().filter(|s| matches!(s.kind, Kind::Compare(_)));
+    let last_comparison = comparisons.next_back().map(|s| s.id.as_str());
     let (mut reports, mut comparison) = (vec![], None);
     for stage in stages {
         if is_interrupted() {

@@ -32,6 +32,7 @@ fn comparison() -> Comparison {
         against_first: None,
         flipped: vec![],
         speed: Some(Speed {
+            isa: "scalar".into(),
             threads: 1,
             load_ms: 1.0,
             first_answer_ms: 1.0,

@@ -1,0 +1,93 @@
+//! `quetsch serve`: flags for the server in `quetsch_serve`.
+
+use crate::ui::{self, Ui};
+use anyhow::Result;
+use clap::{ArgAction, Args};
+use quetsch_serve::{ApiKey, Config, Limits, ModelSource};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+/// Flags of `serve`.
+#[derive(Args)]
+pub struct Serve {
+    /// Model directory, or NAME=DIR; may be given several times, the first is the one for requests that name none
+    #[arg(long, value_name = "DIR", required = true)]
+    model: Vec<String>,
+    /// Address to listen on; 0.0.0.0 for all networks
+    #[arg(long, default_value = "127.0.0.1")]
+    host: IpAddr,
+    /// Port; 0 for any free one, which is printed
+    #[arg(long, default_value_t = 3000)]
+    port: u16,
+    /// Longest text in tokens [default: what the model says, else 256]
+    #[arg(long, value_name = "TOKENS")]
+    max_length: Option<usize>,
+    /// Cut longer texts where a request does not say; with false they are refused
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    auto_truncate: bool,
+    /// Texts that may wait; beyond them requests get 429
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_concurrent_requests)]
+    max_concurrent_requests: usize,
+    /// Tokens computed at once by one thread
+    #[arg(long, value_name = "TOKENS", default_value_t = Limits::default().max_batch_tokens)]
+    max_batch_tokens: usize,
+    /// Texts in one request
+    #[arg(long, value_name = "N", default_value_t = Limits::default().max_client_batch_size)]
+    max_client_batch_size: usize,
+    /// Largest body of a request in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = Limits::default().payload_limit)]
+    payload_limit: usize,
+    /// Seconds to answer what was accepted after SIGTERM or Ctrl-C
+    #[arg(long, value_name = "SECONDS", default_value_t = Limits::default().drain_timeout.as_secs())]
+    drain_timeout: u64,
+    /// Key that clients must send as `Authorization: Bearer KEY`; better given as QUETSCH_API_KEY
+    #[arg(long, value_name = "KEY", value_parser = key)]
+    api_key: Option<ApiKey>,
+}
+
+// `Command` wants it; by hand, so that not even a key's hash is printed.
+impl std::fmt::Debug for Serve {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.debug_struct("Serve").field("model", &self.model).finish_non_exhaustive()
+    }
+}
+
+fn key(text: &str) -> Result<ApiKey, String> {
+    match text.is_empty() {
+        true => Err("an empty key is no key".into()),
+        false => Ok(ApiKey::new(text)),
+    }
+}
+
+/// Runs `serve`.
+pub fn run(s: &Serve, ui: &Ui) -> Result<()> {
+    let mut config = Config::new(s.model.iter().map(|m| ModelSource::parse(m)).collect());
+    config.host = s.host;
+    config.port = s.port;
+    config.threads = ui.threads(None);
+    config.max_length = s.max_length;
+    config.auto_truncate = s.auto_truncate;
+    config.api_key = s.api_key;
+    config.limits = Limits {
+        max_concurrent_requests: s.max_concurrent_requests,
+        max_batch_tokens: s.max_batch_tokens,
+        max_client_batch_size: s.max_client_batch_size,
+        payload_limit: s.payload_limit,
+        drain_timeout: Duration::from_secs(s.drain_timeout),
+        ..Limits::default()
+    };
+    if s.api_key.is_none() && !s.host.is_loopback() {
+        ui.warn(format!("{} can be reached by others, and no --api-key is set", s.host));
+    }
+    let human = ui.human();
+    let listening = |address: SocketAddr| {
+        let line = match human {
+            true => format!("listening on http://{address}\n"),
+            false => format!("{}\n", serde_json::json!({ "listening": format!("http://{address}") })),
+        };
+        let _ = ui::out(&line); // nobody reads it: no reason to stop
+    };
+    quetsch_serve::run(config, listening)?;
+    ui.note("stopped");
+    Ok(())
+}

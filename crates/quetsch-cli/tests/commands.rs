@@ -250,3 +250,23 @@ fn training_stops_when_validation_gets_no_better() {
     assert_eq!(report["epochs"].as_array().map(Vec::len), Some(2), "{report}");
     assert_eq!(report["kept_epoch"], 1);
 }
+
+#[test]
+fn a_pruned_vocabulary_gives_the_same_answers_on_what_it_was_pruned_for() {
+    let place = Place::new();
+    place.ok("prune --model model --train train.csv --vocab train --epochs 0 --out small");
+    let rows = |dir: &str| {
+        json(&String::from_utf8_lossy(&place.read(&format!("{dir}/config.json"))))["vocab_size"].clone()
+    };
+    assert!(rows("small").as_u64() < rows("model").as_u64(), "{} < {}", rows("small"), rows("model"));
+    let answers = |dir: &str, text: &str| {
+        let done = place.command().args(["predict", "--model", dir, text, "--logits", "--format", "json"]).output();
+        json(&String::from_utf8_lossy(&done.expect("runs").stdout))[0]["logits"].clone()
+    };
+    assert_eq!(answers("small", "I lost my card, please!"), answers("model", "I lost my card, please!"));
+    assert!(answers("small", "quite another sentence").is_array());
+    place.ok("prune --model model --train train.csv --test test.csv --vocab train --heads 1 --epochs 1 --out both");
+    assert_eq!(rows("both"), rows("small"));
+    let none = place.run("prune --model model --vocab train --epochs 0 --out o");
+    assert!(none.code == 2 && none.stderr.contains("--train"), "{}", none.stderr);
+}

@@ -20,5 +20,6 @@ pub mod rng;
 pub mod runtime;
 pub mod spec;
 pub mod tokenizer;
+pub mod vocab;
 
 pub use error::{Error, Result};

@@ -166,6 +166,15 @@ impl Tokenizer {
         self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
+    /// The token of an id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    pub(crate) fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
+
     /// A hash of what decides the ids: equal for tokenizers that give equal ids, whichever files they come from.
     pub fn fingerprint(&self) -> String {
         let t = &self.inner;

@@ -187,6 +187,17 @@ pub enum Score {
     L2,
 }
 
+/// Which entries of the vocabulary stay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Vocab {
+    /// All.
+    #[default]
+    All,
+    /// Those that the training texts use, special tokens and single characters.
+    Train,
+}
+
 /// `[stage.prune]`: cut heads, feed-forward channels or layers, then recover with the teacher's help.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case")]
@@ -208,6 +219,9 @@ pub struct Prune {
     /// Layers to cut: a number (1), a share (0.5) or a list of layers (3,5)
     #[arg(long, default_value_t = Amount::default())]
     pub layers: Amount,
+    /// Vocabulary to keep: all, or what the training texts use besides special tokens and single characters (train)
+    #[arg(long, value_enum, default_value_t = Vocab::All)]
+    pub vocab: Vocab,
     /// What says how much a head or a channel matters
     #[arg(long, value_enum, default_value_t = Score::Gradient)]
     pub score: Score,
@@ -235,6 +249,7 @@ impl Default for Prune {
             heads: Amount::default(),
             ffn: Amount::default(),
             layers: Amount::default(),
+            vocab: Vocab::All,
             score: Score::Gradient,
             score_batches: 40,
             max_per_layer: 0.5,
@@ -253,8 +268,9 @@ impl Settings for Prune {
                 c.range(key, *share, 0.0, 1.0);
             }
         }
-        c.error(amounts.iter().any(|(_, a)| !a.is_none()), "heads", || {
-            "nothing to prune: say how many `heads`, `ffn` channels or `layers` to cut".into()
+        let anything = amounts.iter().any(|(_, a)| !a.is_none()) || self.vocab != Vocab::All;
+        c.error(anything, "heads", || {
+            "nothing to prune: say how many `heads`, `ffn` channels or `layers` to cut, or set `vocab`".into()
         });
         c.error(!matches!(self.ffn, Amount::List(_)), "ffn", || {
             "is a list, must be a share (0.25) or a number (256)".into()

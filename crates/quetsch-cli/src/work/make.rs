@@ -4,7 +4,7 @@ use super::corpus::{self, Training as Corpus};
 use super::fit::{self, Encoded, Fit, Trained};
 use super::{Job, Made, round};
 use crate::recipe::Kind;
-use crate::settings::{self, ComputeType, Data, Distill, Head, Kd, Prune, Quantize, Score, Train, Training};
+use crate::settings::{self, ComputeType, Data, Distill, Head, Kd, Prune, Quantize, Score, Train, Training, Vocab};
 use crate::ui::{Ui, percent};
 use crate::values::{Amount, Place};
 use anyhow::{Context, Result, bail};
@@ -18,6 +18,7 @@ use quetsch::quant::{self, Compute, Scheme};
 use quetsch::runtime::Model;
 use quetsch::spec::ModelSpec;
 use quetsch::tokenizer::Tokenizer;
+use quetsch::vocab;
 use quetsch_train::scores::{Sample, ffn_scores, head_scores};
 use quetsch_train::{ClassWeights, Hard, Objective, Soft, TrainSet};
 use serde_json::{Map, Value, json};
@@ -155,8 +156,8 @@ fn same_language(a: &ModelDir, b: &ModelDir, a_name: &str, b_name: &str) -> Resu
 fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     let model = read_model(job.input("model")?, ui)?;
     let parent = model.checkpoint.to_f32();
-    let needs_data = s.training.epochs > 0 || (s.score == Score::Gradient && needs_scores(s));
-    if !needs_data {
+    let learns = s.training.epochs > 0 || (s.score == Score::Gradient && needs_scores(s));
+    if !learns && s.vocab == Vocab::All {
         let plan = plan(s, &parent, scores_by_weight(s, &parent))?;
         ui.note(&plan);
         return Ok(Made {
@@ -170,6 +171,7 @@ fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
     let run = Run { job, corpus: &corpus, encoded: &encoded, model: &model, settings: &s.training, key };
     let teacher = match job.inputs.get("teacher") {
+        _ if !learns => vec![],
         Some(path) => {
             let teacher = read_model(path, ui)?;
             same_language(&teacher, &model, "teacher", "model")?;
@@ -180,12 +182,26 @@ fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     let weights = class_weights(&s.training, &corpus);
     let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &teacher));
     let scores = match s.score {
-        Score::Gradient => run.gradient_scores(s, &parent, &objective, ui)?,
+        Score::Gradient if needs_scores(s) => run.gradient_scores(s, &parent, &objective, ui)?,
         _ => scores_by_weight(s, &parent),
     };
     let plan = plan(s, &parent, scores)?;
     ui.note(&plan);
     let cut = prune::apply(&parent, &plan)?;
+    let (small, small_encoded);
+    let (cut, run) = match s.vocab {
+        Vocab::All => (cut, run),
+        Vocab::Train => {
+            let whole = ModelDir { checkpoint: cut, tokenizer: model.tokenizer.clone() };
+            small = vocab::prune(&whole, &corpus.train.texts, job.threads)?.model;
+            ui.note(format!(
+                "{}: {} of {} words of the vocabulary kept",
+                job.id, small.checkpoint.spec.vocab, parent.spec.vocab
+            ));
+            small_encoded = fit::encode(&corpus, &small.tokenizer, s.training.max_length, job.threads)?;
+            (small.checkpoint.clone(), Run { encoded: &small_encoded, model: &small, ..run })
+        }
+    };
     let after_cut = run.train_accuracy(&cut)?;
     ui.note(format!(
         "{}: after the cut, before any recovery: {} of a training sample right",
@@ -201,8 +217,10 @@ fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     };
     report.insert("plan".into(), json!(plan.to_string()));
     report.insert("train_accuracy_after_cut".into(), json!(round(after_cut, 4)));
+    report.insert("vocabulary".into(), json!(checkpoint.spec.vocab));
     files.push(("plan.json", super::pretty(&plan)?));
-    Ok(Made { checkpoint, tokenizer: model.tokenizer, report, files })
+    let tokenizer = run.model.tokenizer.clone();
+    Ok(Made { checkpoint, tokenizer, report, files })
 }
 
 fn needs_scores(s: &Prune) -> bool {

@@ -1,0 +1,121 @@
+//! Laws of vocabulary pruning, on a `tokenizer.json` and on a `vocab.txt` alone.
+
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too
+
+use quetsch::dir::{self, ModelDir};
+use quetsch::quant::{Scheme, quantise};
+use quetsch::runtime::Model;
+use quetsch::spec::Tensor;
+use quetsch::tokenizer::Tokenizer;
+use quetsch::vocab;
+use std::path::PathBuf;
+
+fn model(name: &str) -> ModelDir {
+    dir::read(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)).unwrap()
+}
+
+const SEEN: [&str; 4] = ["I lost my card", "Why is my transfer pending?", "exchange rate", ""];
+const OTHER: [&str; 5] = ["Cards, transferred!", "my PIN is 1234", "top up", "naïve café", "中文 zzzxq"];
+
+fn logits(m: &ModelDir, texts: &[&str]) -> Vec<f32> {
+    let encodings = Tokenizer::new(&m.tokenizer).unwrap().encode_all(texts, 32, 1).unwrap();
+    Model::pack(&m.checkpoint).logits(&encodings, 1).unwrap()
+}
+
+#[test]
+fn seen_texts_have_the_same_logits_and_others_still_encode() {
+    for name in ["tiny_student", "tiny_bert"] {
+        let whole = model(name);
+        let cut = vocab::prune(&whole, &SEEN, 2).unwrap();
+        let (old, new) = (Tokenizer::new(&whole.tokenizer).unwrap(), Tokenizer::new(&cut.model.tokenizer).unwrap());
+        let n = cut.kept.len();
+        assert!(n < whole.checkpoint.spec.vocab, "{name}: {n}");
+        assert_eq!((cut.model.checkpoint.spec.vocab, new.rows(), new.vocab_size()), (n, n, n), "{name}");
+        assert_eq!(logits(&whole, &SEEN), logits(&cut.model, &SEEN), "{name}: to the bit");
+        let rows = cut.model.checkpoint.values(Tensor::Word).len();
+        assert_eq!(rows, n * whole.checkpoint.spec.hidden);
+
+        let token = |t: &Tokenizer, id: u32| t.token(id).unwrap();
+        for text in SEEN.iter().chain(&OTHER) {
+            let (a, b) = (old.encode(text, 64).unwrap().ids, new.encode(text, 64).unwrap().ids);
+            let spelled = |t: &Tokenizer, ids: &[u32]| -> String {
+                ids.iter().map(|id| token(t, *id).replace("##", "")).collect()
+            };
+            assert_eq!(spelled(&old, &a), spelled(&new, &b), "{name}: {text:?} is spelled the same");
+            let pair = |t: &Tokenizer| t.encode_pair(text, "card", 64).unwrap();
+            assert_eq!(spelled(&old, &pair(&old).ids), spelled(&new, &pair(&new).ids));
+        }
+        for (new_id, old_id) in cut.kept.iter().enumerate() {
+            assert_eq!(token(&old, *old_id), token(&new, new_id as u32));
+        }
+        // Nothing more to cut.
+        let again = vocab::prune(&cut.model, &SEEN, 1).unwrap();
+        assert_eq!(again.kept, (0..n as u32).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn the_files_agree_and_survive_the_disk() {
+    let whole = model("tiny_student");
+    let cut = vocab::prune(&whole, &SEEN, 1).unwrap().model;
+    let place = tempfile::tempdir().unwrap();
+    dir::write(place.path().join("m"), &cut, false).unwrap();
+    let back = dir::read(place.path().join("m")).unwrap();
+    assert_eq!(logits(&back, &OTHER), logits(&cut, &OTHER));
+    let mut vocab_only = back.tokenizer.clone();
+    vocab_only.files.remove("tokenizer.json").unwrap();
+    let print = |files| Tokenizer::new(files).unwrap().fingerprint();
+    assert_eq!(print(&vocab_only), print(&back.tokenizer), "vocab.txt and tokenizer.json say the same");
+}
+
+#[test]
+fn ids_move_wherever_they_stand() {
+    let mut m = model("tiny_student");
+    // The special tokens at the end, after everything that can go.
+    let swap = |text: &str| {
+        let mut json: serde_json::Value = serde_json::from_str(text).unwrap();
+        let rows = m.checkpoint.spec.vocab as u64;
+        let moved = |id: u64| (id + rows - 5) % rows;
+        let change = |v: &mut serde_json::Value| *v = moved(v.as_u64().unwrap()).into();
+        json["model"]["vocab"].as_object_mut().unwrap().values_mut().for_each(change);
+        json["added_tokens"].as_array_mut().unwrap().iter_mut().for_each(|t| change(&mut t["id"]));
+        let sep = moved(3);
+        let cls = moved(2);
+        json["post_processor"] =
+            serde_json::json!({"type": "BertProcessing", "sep": ["[SEP]", sep], "cls": ["[CLS]", cls]});
+        json["padding"]["pad_id"] = moved(0).into();
+        json.to_string()
+    };
+    let text = swap(std::str::from_utf8(&m.tokenizer.files["tokenizer.json"]).unwrap());
+    m.tokenizer.files.retain(|name, _| name == "special_tokens_map.json");
+    m.tokenizer.files.insert("tokenizer.json".into(), text.into_bytes());
+    m.checkpoint.config.insert("pad_token_id".into(), (m.checkpoint.spec.vocab - 5).into());
+    let cut = vocab::prune(&m, &SEEN, 1).unwrap();
+    let n = cut.kept.len();
+    assert!(n < m.checkpoint.spec.vocab);
+    assert_eq!(cut.model.checkpoint.config["pad_token_id"], n - 5);
+    assert_eq!(logits(&m, &SEEN), logits(&cut.model, &SEEN));
+}
+
+#[test]
+fn what_cannot_be_pruned_is_a_clear_error() {
+    let m = model("tiny_student");
+    let mut fewer = m.clone();
+    fewer.checkpoint = quetsch::checkpoint::Checkpoint::random(
+        quetsch::spec::ModelSpec { vocab: 9, ..m.checkpoint.spec.clone() },
+        m.checkpoint.labels.clone(),
+        1,
+    )
+    .unwrap();
+    assert!(vocab::prune(&fewer, &SEEN, 1).err().unwrap().to_string().contains("9 rows"));
+    let f16 = quantise(&m.checkpoint, &[("*".into(), Scheme::F16)], &[]).unwrap();
+    let f16 = vocab::prune(&ModelDir { checkpoint: f16, ..m.clone() }, &SEEN, 1);
+    assert!(f16.is_ok(), "float types other than f32 are kept");
+    let mut odd = m.clone();
+    let json = String::from_utf8(m.tokenizer.files["tokenizer.json"].clone()).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    json["model"] = serde_json::json!({"type": "WordLevel", "vocab": {"[UNK]": 1}, "unk_token": "[UNK]"});
+    odd.tokenizer.files.insert("tokenizer.json".into(), json.to_string().into_bytes());
+    let e = vocab::prune(&odd, &SEEN, 1).err().unwrap().to_string();
+    assert!(e.contains("WordPiece"), "{e}");
+}

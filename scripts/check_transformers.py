@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertPreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertPreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
@@ -24,7 +31,8 @@ BITSANDBYTES = torch.library.Library("bitsandbytes", "IMPL")  # kept: its kernel
 
 
 class StudentHFModel(BertPreTrainedModel):
-    """BERT `backbone`, masked mean pooling, a two-layer `head`; heads pruned as config.student_pruned_heads says."""
+    """A `backbone` (the reference's is BERT, any family will do), masked mean pooling, a two-layer `head`; heads pruned
+    as config.student_pruned_heads says."""
 
     config_class = BertConfig
     base_model_prefix = "backbone"
@@ -33,7 +41,8 @@ class StudentHFModel(BertPreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config, attn_implementation="eager")
         for layer, heads in (getattr(config, "student_pruned_heads", None) or {}).items():
-            prune_heads(self.backbone.encoder.layer[int(layer)].attention, {int(h) for h in heads})
+            layers = getattr(self.backbone, "encoder", None) or self.backbone.transformer
+            prune_heads(layers.layer[int(layer)].attention, {int(h) for h in heads})
         h = config.hidden_size
         self.head = nn.Sequential(
             nn.Dropout(0.2), nn.Linear(h, h), nn.GELU(), nn.Dropout(0.2), nn.Linear(h, config.num_labels)
@@ -41,7 +50,8 @@ class StudentHFModel(BertPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, **_):
-        x = self.backbone(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).last_hidden_state
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        x = self.backbone(input_ids, attention_mask=attention_mask, **types).last_hidden_state
         mask = attention_mask[..., None].to(x.dtype)
         pooled = (x * mask).sum(1) / mask.sum(1).clamp(min=1e-6)
         return SequenceClassifierOutput(logits=self.head(pooled))
@@ -85,7 +95,9 @@ def load(folder, trust_remote_code=False):
     if "quantization_config" in config:
         options["device_map"] = {"": "cpu"}
         decode_exactly()
-    if not student:
+    if student:
+        options["config"] = AutoConfig.from_pretrained(folder)
+    else:
         options |= {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
     model, info = (StudentHFModel if student else AutoModelForSequenceClassification).from_pretrained(folder, **options)
     for module in model.modules():
@@ -123,7 +135,10 @@ def main():
     model, info = load(args.dir, args.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(args.dir)
     config = json.loads((args.dir / "config.json").read_text())
-    max_length = args.max_length or min(config.get("max_length") or 256, config["max_position_embeddings"])
+    # RoBERTa counts positions from pad_token_id + 1.
+    offset = config["pad_token_id"] + 1 if config["model_type"] in ["roberta", "xlm-roberta", "camembert"] else 0
+    longest = config["max_position_embeddings"] - offset
+    max_length = args.max_length or min(config.get("max_length") or 256, longest)
     linears = [type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)]
     say = lambda *what: print(*what, file=sys.stderr)
     say(f"transformers {transformers.__version__}, torch {torch.__version__}, {type(model).__name__}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import family_models
 import gradient_fixtures
 import number_fixtures
 import tiny_models
@@ -24,6 +25,7 @@ PARTS = {
     "gradients": lambda: gradient_fixtures.write(FIXTURES / "gradients", SEED),
     "tiny_student": lambda: tiny_models.tiny_student(FIXTURES),
     "tiny_bert": lambda: tiny_models.tiny_bert(FIXTURES),
+    "families": lambda: family_models.write(FIXTURES / "families"),
     "bnb": lambda: tiny_models.bnb(FIXTURES),
     "losses": lambda: number_fixtures.losses(FIXTURES, SEED),
     "metrics": lambda: number_fixtures.metrics(FIXTURES, SEED + 1),

@@ -61,7 +61,7 @@ def randomise(model, seed):
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         x = torch.randn(p.shape, generator=g)
-        plain = 1 + 0.1 * x if name.endswith("LayerNorm.weight") else 0.1 * x
+        plain = 1 + 0.1 * x if name.endswith(".weight") else 0.1 * x  # a vector named weight is a LayerNorm's
         p.data = plain if p.dim() == 1 else (0.5 if "embeddings" in name else 0.3) * x
     return model.eval()
 
@@ -74,14 +74,15 @@ def centre(model, bias, tokenizer):
 
 
 @torch.no_grad()
-def answers(folder, model=None):
-    """Ids, and logits one text at a time (no padding), for TEXTS and PAIRS; of another model with its tokenizer."""
+def answers(folder, model=None, more=()):
+    """Ids, and logits one text at a time (no padding), for TEXTS, `more` and PAIRS; of another model, if given."""
     model = model or load(folder)[0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = [{"text": t} for t in TEXTS] + [{"text": a, "pair": b} for a, b in PAIRS]
+    inputs = [{"text": t} for t in [*TEXTS, *more]] + [{"text": a, "pair": b} for a, b in PAIRS]
     for x in inputs:
         e = tokenizer(x["text"], x.get("pair"), truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-        x["ids"], x["types"] = e["input_ids"][0].tolist(), e["token_type_ids"][0].tolist()
+        x["ids"] = e["input_ids"][0].tolist()
+        x["types"] = e["token_type_ids"][0].tolist() if "token_type_ids" in e else []
         x["logits"] = model(**e).logits[0].float().tolist()
     return inputs
 

@@ -9,16 +9,16 @@ pub enum Pool {
     First,
 }
 
-/// The three tables of a BERT embedding, each `[rows, width]`.
+/// The tables of a BERT embedding, each `[rows, width]`.
 #[derive(Clone, Copy)]
 pub struct Tables<'a> {
     /// Word embeddings.
     pub word: &'a [f32],
     /// Position embeddings.
     pub position: &'a [f32],
-    /// Token-type embeddings.
+    /// Token-type embeddings; empty for a model without token types.
     pub token_type: &'a [f32],
-    /// Width of all three.
+    /// Width of all.
     pub width: usize,
 }
 
@@ -32,8 +32,12 @@ kernel! {
         };
         for (t, out) in out.chunks_exact_mut(tables.width).enumerate() {
             let word = &tables.word[row(tables.word, ids[t])];
-            let kind = &tables.token_type[row(tables.token_type, types[t])];
             let position = &tables.position[row(tables.position, positions[t])];
+            if tables.token_type.is_empty() {
+                out.iter_mut().zip(word).zip(position).for_each(|((o, w), p)| *o = w + p);
+                continue;
+            }
+            let kind = &tables.token_type[row(tables.token_type, types[t])];
             for (((o, w), k), p) in out.iter_mut().zip(word).zip(kind).zip(position) {
                 *o = (w + k) + p;
             }
@@ -149,6 +153,18 @@ mod tests {
         assert!((both - 0.09).abs() < 0.01, "masks of two keys are independent: {both}");
         let neighbours = a.windows(2).filter(|w| w[0] == 0.0 && w[1] == 0.0).count() as f64 / 1e5;
         assert!((neighbours - 0.09).abs() < 0.01, "columns are independent: {neighbours}");
+    }
+
+    #[test]
+    fn embedding_adds_rows_of_two_or_three_tables() {
+        let (word, position, token_type) = ([1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0], [100.0, 200.0]);
+        let mut out = [0.0; 4];
+        for (token_type, want) in [(&token_type[..], [113.0, 224.0, 131.0, 242.0]), (&[], [13.0, 24.0, 31.0, 42.0])]
+        {
+            let tables = Tables { word: &word, position: &position, token_type, width: 2 };
+            embed(tables, &[1, 0], &[0, 0], &[0, 1], &mut out);
+            assert_eq!(out, want);
+        }
     }
 
     #[test]

@@ -104,7 +104,7 @@ impl AdamW {
             correction2: (1.0 - f64::from(BETA2).powi(t)) as f32,
             scale: scale as f32,
         };
-        let (word, hidden) = (p.id(Tensor::Word), p.spec.hidden);
+        let (word, hidden) = (p.id(Tensor::Word), p.spec.embedding());
         let mut pieces = vec![];
         let tensors = p.data.iter_mut().zip(&mut self.m).zip(&mut self.v).enumerate();
         for (i, ((w, m), v)) in tensors.filter(|(i, _)| p.trained[*i]) {

@@ -37,6 +37,11 @@ impl Params {
         self.index[&tensor]
     }
 
+    /// Row of the table of a tensor that not every family has.
+    pub fn find(&self, tensor: Tensor) -> Option<usize> {
+        self.index.get(&tensor).copied()
+    }
+
     /// A tensor's values.
     pub fn get(&self, tensor: Tensor) -> &[f32] {
         &self.data[self.id(tensor)]
@@ -70,7 +75,10 @@ impl Grads {
         let word = p.id(Tensor::Word);
         let dense = |(i, d): (usize, &TensorDef)| vec![0.0; if p.trained[i] && i != word { d.len() } else { 0 }];
         let rows = if p.trained[word] { p.spec.vocab } else { 0 };
-        Grads { dense: p.table.iter().enumerate().map(dense).collect(), word: SparseRows::new(rows, p.spec.hidden) }
+        Grads {
+            dense: p.table.iter().enumerate().map(dense).collect(),
+            word: SparseRows::new(rows, p.spec.embedding()),
+        }
     }
 
     /// Back to zeros.

@@ -254,19 +254,16 @@ impl<'a> Tape<'a> {
     }
 
     fn embed_back(&self, dx: &[f32], grads: &mut Grads) {
-        let (p, h, b) = (self.params, self.params.spec.hidden, &self.batch);
+        let (p, width, b) = (self.params, self.params.spec.embedding(), &self.batch);
         if grads.word.is_used() {
-            for (id, d) in b.ids.iter().zip(dx.chunks_exact(h)) {
+            for (id, d) in b.ids.iter().zip(dx.chunks_exact(width)) {
                 math::add(grads.word.row_mut(*id), d);
             }
         }
         for (table, ids) in [(Tensor::Position, &b.positions), (Tensor::TokenType, &b.types)] {
-            let g = &mut grads.dense[p.id(table)];
-            if g.is_empty() {
-                continue;
-            }
-            for (id, d) in ids.iter().zip(dx.chunks_exact(h)) {
-                math::add(&mut g[*id as usize * h..][..h], d);
+            let Some(g) = p.find(table).map(|i| &mut grads.dense[i]).filter(|g| !g.is_empty()) else { continue };
+            for (id, d) in ids.iter().zip(dx.chunks_exact(width)) {
+                math::add(&mut g[*id as usize * width..][..width], d);
             }
         }
     }
@@ -329,10 +326,11 @@ impl<'a> Tape<'a> {
     }
 
     fn norm(&mut self, site: Norm, x: &[f32], residual: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-        let (p, rows) = (self.params, x.len() / self.params.spec.hidden);
+        let p = self.params;
+        let (gamma, beta) = (p.get(Tensor::Gamma(site)), p.get(Tensor::Beta(site)));
+        let rows = x.len() / gamma.len();
         let (mut y, mut z, mut inv) =
             (self.buffers.take(x.len()), self.buffers.take(x.len()), self.buffers.take(rows));
-        let (gamma, beta) = (p.get(Tensor::Gamma(site)), p.get(Tensor::Beta(site)));
         norm::layer_norm_keep(x, residual, gamma, beta, p.spec.norm_eps, &mut y, &mut z, &mut inv);
         (y, z, inv)
     }
@@ -341,7 +339,8 @@ impl<'a> Tape<'a> {
         let p = self.params;
         let (gamma_id, beta_id) = (p.id(Tensor::Gamma(site)), p.id(Tensor::Beta(site)));
         let mut dx = self.buffers.take(dy.len());
-        let (mut dgamma, mut dbeta) = (vec![0.0; p.spec.hidden], vec![0.0; p.spec.hidden]);
+        let width = p.data[gamma_id].len();
+        let (mut dgamma, mut dbeta) = (vec![0.0; width], vec![0.0; width]);
         norm::layer_norm_back(dy, z, inv, &p.data[gamma_id], &mut dx, &mut dgamma, &mut dbeta);
         math::add(&mut g.dense[gamma_id], &dgamma);
         math::add(&mut g.dense[beta_id], &dbeta);
@@ -358,19 +357,19 @@ impl Ops for Tape<'_> {
     type Act = Node;
 
     fn embed(&mut self, batch: &Batch) -> Node {
-        let (p, h, count) = (self.params, self.params.spec.hidden, batch.tokens());
+        let (p, width, count) = (self.params, self.params.spec.embedding(), batch.tokens());
         self.batch = batch.clone();
-        let mut x = self.buffers.take(count * h);
+        let mut x = self.buffers.take(count * width);
         let tables = rows::Tables {
             word: p.get(Tensor::Word),
             position: p.get(Tensor::Position),
-            token_type: p.get(Tensor::TokenType),
-            width: h,
+            token_type: p.find(Tensor::TokenType).map_or(&[], |i| &p.data[i]),
+            width,
         };
         rows::embed(tables, &batch.ids, &batch.types, &batch.positions, &mut x);
         let (y, z, inv) = self.norm(Norm::Embeddings, &x, &[]);
         self.buffers.give(x);
-        self.push(count, h, y, Op::Embed { z, inv })
+        self.push(count, width, y, Op::Embed { z, inv })
     }
 
     fn qkv(&mut self, l: usize, x: &Node) -> Node {

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{lively, sentences, settings, uneven, worst};
+use common::{FAMILIES, in_family, lively, sentences, settings, uneven, worst};
 use quetsch::batch::Batch;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::hooks::Masks;
@@ -31,8 +31,8 @@ fn labels(n: usize) -> Vec<u32> {
 
 #[test]
 fn tape_and_runtime_agree() {
-    for head in HEADS {
-        let ck = lively(uneven(head), 3);
+    for (head, family) in HEADS.into_iter().flat_map(|h| FAMILIES.map(|f| (h, f))) {
+        let ck = lively(in_family(uneven(head), family), 3);
         let params = Params::new(&ck, &[]);
         let batch = Batch::new(&ck.spec, &sentences(7, 30, 5)).unwrap();
         let mut buffers = Buffers::default();
@@ -41,7 +41,7 @@ fn tape_and_runtime_agree() {
         let mut tape = Tape::new(&params, draw, &mut buffers);
         let y = forward(&mut tape, &ck.spec, &batch);
         let got = Model::pack(&ck).forward(&mut Workspace::default(), &batch);
-        assert!(worst(tape.value(y), &got) < 1e-5, "{head:?}");
+        assert!(worst(tape.value(y), &got) < 1e-5, "{head:?} {family:?}");
     }
 }
 
@@ -55,6 +55,9 @@ fn gradients_are_finite_differences() {
         {
             check_differences(lively(uneven(head), 11), dropout, &frozen);
         }
+    }
+    for family in FAMILIES.into_iter().skip(1) {
+        check_differences(lively(in_family(uneven(HEADS[1]), family), 11), DROPOUT, &[]);
     }
     // ReLU has a kink, which finite differences step over; a smaller step and other weights keep away from it.
     let relu = ModelSpec { ffn_activation: quetsch::spec::Activation::Relu, ..uneven(HEADS[0]) };
@@ -96,7 +99,10 @@ fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
         for e in (0..def.len()).step_by(stride) {
             let got = match def.tensor {
                 _ if !params.trained[i] => continue,
-                Tensor::Word => team[0].grads.word.row(e / ck.spec.hidden).map_or(0.0, |r| r[e % ck.spec.hidden]),
+                Tensor::Word => {
+                    let width = ck.spec.embedding();
+                    team[0].grads.word.row(e / width).map_or(0.0, |r| r[e % width])
+                }
                 _ => team[0].grads.dense[i][e],
             };
             let keep = params.data[i][e];
@@ -169,8 +175,7 @@ fn same_seed_same_bytes_and_frozen_stays() {
 }
 
 #[test]
-fn a_small_model_learns() {
-    let ck = lively(uneven(HEADS[0]), 3);
+fn small_models_learn() {
     let s = FitSettings {
         epochs: 60,
         learning_rate: 5e-3,
@@ -178,8 +183,12 @@ fn a_small_model_learns() {
         dropout: Dropout::default(),
         ..settings()
     };
-    let fitted = run(&ck, 24, &FitSettings { schedule: Schedule::Cosine, ..s });
-    assert!(fitted.last.total < 0.45, "label smoothing 0.1 has a floor near 0.39: {:?}", fitted.last);
+    let s = FitSettings { schedule: Schedule::Cosine, ..s };
+    for (family, head) in FAMILIES.into_iter().zip([HEADS[0], HEADS[1], HEADS[1], HEADS[1]]) {
+        let fitted = run(&lively(in_family(uneven(head), family), 3), 24, &s);
+        let last = fitted.last;
+        assert!(last.total < 0.45, "{family:?}: label smoothing 0.1 has a floor near 0.39: {last:?}");
+    }
 }
 
 /// Interrupted anywhere, resumed: the bytes of an uninterrupted run.

@@ -28,7 +28,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Packs sentences; positions count from 0.
+    /// Packs sentences; positions by the family's rule.
     ///
     /// # Errors
     /// An empty sentence, one longer than the position table, or an id outside the vocabulary.
@@ -47,10 +47,10 @@ impl Batch {
                 "sentence {i} has no token; even an empty text has [CLS] and [SEP]"
             )));
         }
-        if n > spec.positions {
+        if n > spec.longest() {
             return Err(Error::invalid(format!(
                 "sentence {i} has {n} tokens, the model's position table has {}; truncate with max_length",
-                spec.positions
+                spec.longest()
             )));
         }
         if let Some(id) = e.ids.iter().find(|id| **id as usize >= spec.vocab) {
@@ -62,18 +62,18 @@ impl Batch {
         if !e.types.is_empty() && e.types.len() != n {
             return Err(Error::invalid(format!("sentence {i} has {n} ids and {} token types", e.types.len())));
         }
-        if let Some(t) = e.types.iter().find(|t| **t as usize >= spec.token_types) {
+        // A tokenizer may number the two texts of a pair for a model that does not tell them apart.
+        let types = if spec.family.reads_types() { &e.types[..] } else { &[] };
+        if let Some(t) = types.iter().find(|t| **t as usize >= spec.token_types) {
             return Err(Error::invalid(format!(
                 "sentence {i} has token type {t}, the model knows {}",
                 spec.token_types
             )));
         }
         self.ids.extend_from_slice(&e.ids);
-        self.positions.extend(0..n as u32);
-        match e.types.is_empty() {
-            true => self.types.resize(self.ids.len(), 0),
-            false => self.types.extend_from_slice(&e.types),
-        }
+        self.positions.extend(spec.family.positions(&e.ids));
+        self.types.extend_from_slice(types);
+        self.types.resize(self.ids.len(), 0);
         self.starts.push(self.ids.len());
         Ok(())
     }

@@ -5,15 +5,13 @@
 
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::error::{Error, Result};
+use crate::family::{Facts, Family, MODEL_TYPES};
 use crate::quant::{Compute, Scheme, int8};
-use crate::spec::{Activation, HeadSpec, LayerShape, ModelSpec, Tensor};
+use crate::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Norm, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-
-/// `model_type`s that can be read.
-pub const MODEL_TYPES: [&str; 1] = ["bert"];
 
 /// Tensor names of a file with their shapes as stored.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
@@ -67,10 +65,13 @@ const PRUNED_KEYS: [&str; 3] = ["student_pruned_heads", "pruned_heads", "kept_pr
 /// Another model type, an activation or a position embedding that is not built, numbers that cannot be a model,
 /// labels with gaps, keys that contradict each other.
 pub fn parse(map: &Map<String, Value>, shapes: &Shapes, path: &Path) -> Result<Config> {
-    Parser { map, shapes, path }.parse()
+    let model_type = map.get("model_type").and_then(Value::as_str).unwrap_or(MODEL_TYPES[0]);
+    let facts = Family::of(model_type, 0, 0).unwrap_or_default().facts();
+    Parser { facts, map, shapes, path }.parse()
 }
 
 struct Parser<'a> {
+    facts: &'static Facts,
     map: &'a Map<String, Value>,
     shapes: &'a Shapes,
     path: &'a Path,
@@ -79,54 +80,58 @@ struct Parser<'a> {
 impl Parser<'_> {
     fn parse(&self) -> Result<Config> {
         self.refuse_other_families()?;
-        let ours = self.ours()?;
+        let (ours, facts) = (self.ours()?, self.facts);
         let (prefix, kind) = self.architecture()?;
-        let word = format!("{prefix}embeddings.word_embeddings.weight");
-        let hidden = self.size("hidden_size", &word, 1, 768)?;
-        let original_heads = self.usize("num_attention_heads")?.unwrap_or(12);
+        let family = self.family(&prefix)?;
+        // Names come from the spec alone, and need nothing of it but these two.
+        let names = ModelSpec { family, prefix: prefix.clone(), ..blank() };
+        let hidden = self.size(facts.hidden, &names.name(Tensor::Beta(Norm::Attention(0))), 0)?;
+        let (heads_key, usual_heads) = facts.heads;
+        let original_heads = self.usize(heads_key)?.unwrap_or(usual_heads);
         let head_dim = match ours.as_ref().and_then(|o| o.head_dim) {
             Some(d) => d,
             None if original_heads > 0 && hidden % original_heads == 0 => hidden / original_heads,
             None => {
-                return self.bad(format!(
-                    "hidden_size {hidden} is not a multiple of num_attention_heads {original_heads}"
-                ));
+                let hidden_key = facts.hidden.0;
+                return self
+                    .bad(format!("{hidden_key} {hidden} is not a multiple of {heads_key} {original_heads}"));
             }
         };
         let Ok(original_heads) = u16::try_from(original_heads) else {
-            return self.bad(format!("num_attention_heads is {original_heads}, expected at most {}", u16::MAX));
+            return self.bad(format!("{heads_key} is {original_heads}, expected at most {}", u16::MAX));
         };
-        let layers = self.layers(ours.as_ref(), &prefix, original_heads)?;
-        let classifier = match kind {
-            Kind::Body => None,
-            Kind::Student => self.shapes.get("head.4.bias"),
-            Kind::Stock => self.shapes.get("classifier.bias"),
+        let layers = self.layers(ours.as_ref(), &names, original_heads)?;
+        let head = |labels| match kind {
+            Kind::Body => HeadSpec::None,
+            Kind::Student => HeadSpec::MeanMlp { labels },
+            Kind::Stock => HeadSpec::Pooler { labels },
         };
+        let last = ModelSpec { head: head(0), ..names.clone() }.name(Tensor::B(Lin::Classifier));
         let mut warnings = vec![];
         let labels = match kind {
             Kind::Body => vec![],
-            _ => self.labels(classifier.and_then(|s| s.first()).copied(), &mut warnings)?,
+            _ => self.labels(self.shapes.get(&last).and_then(|s| s.first()).copied(), &mut warnings)?,
         };
-        let head = match kind {
-            Kind::Body => HeadSpec::None,
-            Kind::Student => HeadSpec::MeanMlp { labels: labels.len() },
-            Kind::Stock => HeadSpec::Pooler { labels: labels.len() },
-        };
-        let has_pooler = self.shapes.contains_key(&format!("{prefix}pooler.dense.weight"));
-        let table = |name: &str| format!("{prefix}embeddings.{name}_embeddings.weight");
+        let has_pooler = self.shapes.contains_key(&names.name(Tensor::W(Lin::UnusedPooler)));
         let spec = ModelSpec {
-            vocab: self.size("vocab_size", &word, 0, 30522)?,
-            positions: self.size("max_position_embeddings", &table("position"), 0, 512)?,
-            token_types: self.size("type_vocab_size", &table("token_type"), 0, 2)?,
+            vocab: self.size(("vocab_size", 30522), &names.name(Tensor::Word), 0)?,
+            positions: self.size(("max_position_embeddings", 512), &names.name(Tensor::Position), 0)?,
+            token_types: match family {
+                Family::DistilBert => 0,
+                _ => self.size(("type_vocab_size", 2), &names.name(Tensor::TokenType), 0)?,
+            },
             hidden,
             head_dim,
             original_heads,
             layers,
             ffn_activation: self.activation()?,
-            norm_eps: self.f64("layer_norm_eps")?.unwrap_or(1e-12) as f32,
-            head,
-            unused_pooler: kind != Kind::Stock && has_pooler,
-            prefix,
+            norm_eps: match facts.norm_eps {
+                Some(key) => self.f64(key)?.unwrap_or(1e-12) as f32,
+                None => 1e-12,
+            },
+            head: head(labels.len()),
+            unused_pooler: has_pooler && !(kind == Kind::Stock && facts.head_is_pooler()),
+            ..names
         };
         spec.validate().map_err(|e| Error::file(self.path, e.to_string()))?;
         Ok(Config {
@@ -138,6 +143,17 @@ impl Parser<'_> {
             threshold: self.threshold()?,
             warnings,
         })
+    }
+
+    /// The family with what only it has in its config.
+    fn family(&self, prefix: &str) -> Result<Family> {
+        let pad = self.usize("pad_token_id")?.unwrap_or(1);
+        let Ok(pad) = u32::try_from(pad) else {
+            return self.bad(format!("pad_token_id is {pad}, expected at most {}", u32::MAX));
+        };
+        let word = format!("{prefix}embeddings.word_embeddings.weight");
+        let embedding = self.size(("embedding_size", 128), &word, 1)?;
+        Ok(Family::of(self.facts.model_type, pad, embedding).unwrap_or_default())
     }
 
     fn bad<T>(&self, message: impl Into<String>) -> Result<T> {
@@ -172,7 +188,7 @@ impl Parser<'_> {
     }
 
     /// A size from the config, else from a tensor's shape, else what transformers takes.
-    fn size(&self, key: &str, tensor: &str, axis: usize, default: usize) -> Result<usize> {
+    fn size(&self, (key, default): (&str, usize), tensor: &str, axis: usize) -> Result<usize> {
         let seen = || self.shapes.get(tensor).and_then(|s| s.get(axis)).copied();
         Ok(self.usize(key)?.or_else(seen).unwrap_or(default))
     }
@@ -205,10 +221,11 @@ impl Parser<'_> {
     }
 
     fn activation(&self) -> Result<Activation> {
-        match self.text("hidden_act")?.as_deref() {
+        let key = self.facts.activation;
+        match self.text(key)?.as_deref() {
             None | Some("gelu") => Ok(Activation::Gelu),
             Some("relu") => Ok(Activation::Relu),
-            Some(other) => self.bad(format!("hidden_act {other:?} is not supported; supported are: gelu, relu")),
+            Some(other) => self.bad(format!("{key} {other:?} is not supported; supported are: gelu, relu")),
         }
     }
 
@@ -234,38 +251,40 @@ impl Parser<'_> {
             Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
             Some(v) => return self.bad(format!("architectures is {}, expected a list of names", short(v))),
         };
-        let has = |name: &str| self.shapes.contains_key(name);
+        let (has, facts) = (|name: &str| self.shapes.contains_key(name), self.facts);
         let found = |p: &&str| has(&format!("{p}embeddings.word_embeddings.weight"));
-        let prefix = ["bert.", "backbone.", ""].into_iter().find(found);
-        let kind = names.iter().find_map(|&name| match name {
-            "StudentHFModel" => Some(Kind::Student),
-            "BertForSequenceClassification" => Some(Kind::Stock),
-            "BertModel" | "BertForMaskedLM" | "BertForPreTraining" => Some(Kind::Body),
+        let prefix = [facts.prefix, "backbone.", ""].into_iter().find(found);
+        let kind = names.iter().find_map(|&name| match name.strip_prefix(facts.class) {
+            Some("ForSequenceClassification") => Some(Kind::Stock),
+            Some("Model" | "ForMaskedLM" | "ForPreTraining") => Some(Kind::Body),
+            _ if name == "StudentHFModel" => Some(Kind::Student),
             _ => None, // somebody's own class: the tensors decide
         });
+        let has_stock = |p: &str| facts.head.iter().all(|name| has(&format!("{}.weight", name.replace("{p}", p))));
         let kind = kind.unwrap_or_else(|| match prefix {
             _ if has("head.1.weight") && has("head.4.weight") => Kind::Student,
-            Some(p) if has("classifier.weight") && has(&format!("{p}pooler.dense.weight")) => Kind::Stock,
+            Some(p) if has_stock(p) => Kind::Stock,
             _ => Kind::Body,
         });
         let usual = match kind {
             Kind::Student => "backbone.",
-            Kind::Stock => "bert.",
+            Kind::Stock => facts.prefix,
             Kind::Body => "",
         };
         Ok((prefix.unwrap_or(usual).to_owned(), kind))
     }
 
-    fn layers(&self, ours: Option<&Ours>, prefix: &str, original_heads: u16) -> Result<Vec<LayerShape>> {
-        let up = |l: usize| format!("{prefix}encoder.layer.{l}.intermediate.dense.bias");
+    fn layers(&self, ours: Option<&Ours>, names: &ModelSpec, original_heads: u16) -> Result<Vec<LayerShape>> {
+        let up = |l: usize| names.name(Tensor::B(Lin::Up(l)));
         let seen = || (0..).take_while(|&l| self.shapes.contains_key(&up(l))).count();
-        let n = match self.usize("num_hidden_layers")? {
-            Some(n) if n > 1024 => return self.bad(format!("num_hidden_layers is {n}, expected at most 1024")),
+        let (key, usual) = self.facts.layers;
+        let n = match self.usize(key)? {
+            Some(n) if n > 1024 => return self.bad(format!("{key} is {n}, expected at most 1024")),
             Some(n) => n,
             None if !self.shapes.is_empty() => seen(),
-            None => 12,
+            None => usual,
         };
-        let ffn = self.size("intermediate_size", &up(0), 0, 3072)?;
+        let ffn = self.size(self.facts.ffn, &up(0), 0)?;
         let pruned = self.pruned_heads(n, original_heads)?;
         let kept = |l: usize| match &pruned {
             Some(p) => (0..original_heads).filter(|h| !p[l].contains(h)).collect(),
@@ -275,7 +294,7 @@ impl Parser<'_> {
             return Ok((0..n).map(|l| LayerShape { heads: kept(l), ffn }).collect());
         };
         if listed.len() != n {
-            return self.bad(format!("num_hidden_layers is {n}, but key `quetsch` lists {} layers", listed.len()));
+            return self.bad(format!("{key} is {n}, but key `quetsch` lists {} layers", listed.len()));
         }
         for (l, layer) in listed.iter().enumerate() {
             if pruned.is_some() && layer.heads != kept(l) {
@@ -422,6 +441,25 @@ impl Parser<'_> {
     }
 }
 
+/// A spec that says nothing yet.
+fn blank() -> ModelSpec {
+    ModelSpec {
+        family: Family::Bert,
+        prefix: String::new(),
+        vocab: 0,
+        positions: 0,
+        token_types: 0,
+        hidden: 0,
+        head_dim: 0,
+        original_heads: 0,
+        layers: vec![],
+        ffn_activation: Activation::Gelu,
+        norm_eps: 0.0,
+        head: HeadSpec::None,
+        unused_pooler: false,
+    }
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Body,
@@ -447,26 +485,36 @@ pub fn render(ck: &Checkpoint) -> Result<Map<String, Value>> {
     let mut set = |key: &str, value: Value| {
         map.insert(key.into(), value);
     };
+    let facts = spec.family.facts();
     let architecture = match spec.head {
-        HeadSpec::None => "BertModel",
-        HeadSpec::MeanMlp { .. } => "StudentHFModel",
-        HeadSpec::Pooler { .. } => "BertForSequenceClassification",
+        HeadSpec::None => format!("{}Model", facts.class),
+        HeadSpec::MeanMlp { .. } => "StudentHFModel".to_owned(),
+        HeadSpec::Pooler { .. } => format!("{}ForSequenceClassification", facts.class),
     };
     set("architectures", json!([architecture]));
-    set("model_type", json!("bert"));
+    set("model_type", json!(facts.model_type));
     set("vocab_size", json!(spec.vocab));
     set("max_position_embeddings", json!(spec.positions));
-    set("type_vocab_size", json!(spec.token_types));
-    set("hidden_size", json!(spec.hidden));
-    set("num_attention_heads", json!(spec.original_heads));
-    set("num_hidden_layers", json!(spec.layers.len()));
+    if spec.token_types > 0 {
+        set("type_vocab_size", json!(spec.token_types));
+    }
+    match spec.family {
+        Family::Roberta { pad, .. } => set("pad_token_id", json!(pad)),
+        Family::Electra { embedding } => set("embedding_size", json!(embedding)),
+        Family::Bert | Family::DistilBert => {}
+    }
+    set(facts.hidden.0, json!(spec.hidden));
+    set(facts.heads.0, json!(spec.original_heads));
+    set(facts.layers.0, json!(spec.layers.len()));
     // Uneven widths have no standard key; the widest is the least wrong, our own key has them all.
     if let Some(ffn) = spec.layers.iter().map(|l| l.ffn).max() {
-        set("intermediate_size", json!(ffn));
+        set(facts.ffn.0, json!(ffn));
     }
-    set("hidden_act", json!(if spec.ffn_activation == Activation::Relu { "relu" } else { "gelu" }));
-    // The shortest decimal of the f32, not the f32's digits as f64.
-    set("layer_norm_eps", json!(spec.norm_eps.to_string().parse::<f64>().unwrap_or(spec.norm_eps as f64)));
+    set(facts.activation, json!(if spec.ffn_activation == Activation::Relu { "relu" } else { "gelu" }));
+    if let Some(key) = facts.norm_eps {
+        // The shortest decimal of the f32, not the f32's digits as f64.
+        set(key, json!(spec.norm_eps.to_string().parse::<f64>().unwrap_or(spec.norm_eps as f64)));
+    }
     let dtype = match ck.get(Tensor::Word) {
         Stored::Float { dtype: FloatType::F16, .. } => "float16",
         Stored::Float { dtype: FloatType::Bf16, .. } => "bfloat16",

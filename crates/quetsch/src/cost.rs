@@ -76,7 +76,7 @@ impl Ops for CostOps<'_> {
     type Act = Shape;
 
     fn embed(&mut self, batch: &Batch) -> Shape {
-        Shape { rows: batch.tokens(), width: self.spec.hidden, at: None }
+        Shape { rows: batch.tokens(), width: self.spec.embedding(), at: None }
     }
     fn qkv(&mut self, l: usize, x: &Shape) -> Shape {
         let width = [Lin::Query(l), Lin::Key(l), Lin::Value(l)].map(|s| self.read(s, x)).iter().sum();
@@ -111,12 +111,13 @@ impl Ops for CostOps<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{HeadSpec, LayerShape};
+    use crate::spec::{Family, HeadSpec, LayerShape};
 
     #[test]
     fn macs_and_readers_are_those_by_hand() {
         let layer = |heads: &[u16], ffn| LayerShape { heads: heads.to_vec(), ffn };
         let spec = ModelSpec {
+            family: Family::Bert,
             prefix: "bert.".into(),
             vocab: 10,
             positions: 8,

@@ -29,8 +29,16 @@ pub struct ModelDir {
 pub const WEIGHTS: &str = "model.safetensors";
 
 /// Files that belong to the tokenizer.
-pub const TOKENIZER_FILES: [&str; 5] =
-    ["tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"];
+pub const TOKENIZER_FILES: [&str; 8] = [
+    "tokenizer.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+];
 
 /// Reads a model directory. Tokenizer files that are not there are left out: `Tokenizer::new` says what it misses.
 ///

@@ -10,13 +10,14 @@ use crate::spec::{HeadSpec, Lin, Tensor};
 pub enum HeadKind {
     /// `StudentHFModel`: mean pool, Linear + GELU, Linear.
     Mean,
-    /// `BertForSequenceClassification`: first token, pooler + tanh, classifier.
+    /// The family's own `ForSequenceClassification`; BERT's: first token, pooler + tanh, classifier.
     Pooler,
 }
 
 /// `model` with a head for these labels. A head that is there and fits (same kind, same labels in the same order) is
 /// kept; otherwise its weights are N(0, 0.02), as transformers initialises new heads. A pooler that the body brings
-/// becomes the hidden layer of a pooler head and stays beside a mean head.
+/// becomes the hidden layer of BERT's own head and stays beside a mean head; a hidden layer of the same kind is kept
+/// under other labels.
 ///
 /// # Errors
 /// No label, or a label given twice.
@@ -35,19 +36,26 @@ pub fn with_head(model: &Checkpoint, kind: HeadKind, labels: Vec<String>, seed: 
     if old.head == head && model.labels == labels {
         return Ok(model.clone());
     }
-    let pooler = match (old.unused_pooler, old.head) {
-        (true, _) => Some(Lin::UnusedPooler),
-        (false, HeadSpec::Pooler { .. }) => Some(Lin::HeadDense),
-        _ => None,
+    let facts = old.family.facts();
+    let is_stock = matches!(old.head, HeadSpec::Pooler { .. });
+    let pooler = match old.unused_pooler {
+        true => Some(Lin::UnusedPooler),
+        false if is_stock && facts.head_is_pooler() => Some(Lin::HeadDense),
+        false => None,
+    };
+    let dense = match is_stock {
+        true => Some(Lin::HeadDense),
+        false => pooler.filter(|_| facts.head_is_pooler()),
     };
     let mut spec = old.clone();
     spec.head = head;
     (spec.prefix, spec.unused_pooler) = match kind {
         HeadKind::Mean => ("backbone.".to_string(), pooler.is_some()),
-        HeadKind::Pooler => ("bert.".to_string(), false),
+        HeadKind::Pooler => (facts.prefix.to_string(), false),
     };
     let source = |s: Lin| match (kind, s) {
-        (HeadKind::Mean, Lin::UnusedPooler) | (HeadKind::Pooler, Lin::HeadDense) => pooler,
+        (HeadKind::Mean, Lin::UnusedPooler) => pooler,
+        (HeadKind::Pooler, Lin::HeadDense) => dense,
         (_, Lin::HeadDense | Lin::Classifier) => None,
         (_, s) => Some(s),
     };
@@ -76,11 +84,12 @@ pub fn with_head(model: &Checkpoint, kind: HeadKind, labels: Vec<String>, seed: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{Activation, LayerShape, ModelSpec};
+    use crate::spec::{Activation, Family, LayerShape, ModelSpec};
 
     #[test]
     fn heads_come_and_go_and_the_body_stays() {
         let body = ModelSpec {
+            family: Family::Bert,
             prefix: String::new(),
             vocab: 9,
             positions: 8,

@@ -10,6 +10,7 @@ pub mod cost;
 pub mod data;
 pub mod dir;
 pub mod error;
+pub mod family;
 pub mod head;
 pub mod hooks;
 pub mod metrics;

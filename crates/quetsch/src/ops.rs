@@ -6,14 +6,14 @@
 //! specs, weights and batches are checked at the door.
 
 use crate::batch::Batch;
-use crate::spec::{Activation, At, DropSite, HeadSpec, Lin, ModelSpec, Norm, Pool};
+use crate::spec::{Activation, At, DropSite, Lin, ModelSpec, Norm, Pool};
 
 /// An implementation of the encoder's operations: inference, training tape, cost model.
 pub trait Ops {
     /// A ragged activation `[tokens, width]`; after `pool` `[sentences, width]`.
     type Act;
 
-    /// LayerNorm(word + position + token type) -> `[tokens, hidden]`.
+    /// LayerNorm(word + position + token type) -> `[tokens, embedding width]`.
     fn embed(&mut self, batch: &Batch) -> Self::Act;
     /// `[tokens, hidden]` -> `[tokens, 3 * heads * head_dim]`, q, k and v side by side.
     fn qkv(&mut self, layer: usize, x: &Self::Act) -> Self::Act;
@@ -41,7 +41,11 @@ pub trait Ops {
 pub fn encode<O: Ops>(ops: &mut O, spec: &ModelSpec, batch: &Batch) -> O::Act {
     let x = ops.embed(batch);
     let x = ops.dropout(DropSite::Embedded, x, batch);
-    let x = ops.tap(At::Embedded, x);
+    let mut x = ops.tap(At::Embedded, x);
+    if spec.is_projected() {
+        x = ops.linear(Lin::EmbedProjection, x, Activation::Identity);
+        x = ops.tap(At::Projected, x);
+    }
     (0..spec.layers.len()).fold(x, |x, l| layer(ops, l, x, batch))
 }
 
@@ -67,20 +71,13 @@ fn layer<O: Ops>(ops: &mut O, l: usize, x: O::Act, batch: &Batch) -> O::Act {
 /// Encoder and head: one row of logits per sentence, or one hidden state per token for a bare body.
 pub fn forward<O: Ops>(ops: &mut O, spec: &ModelSpec, batch: &Batch) -> O::Act {
     let x = encode(ops, spec, batch);
-    let x = match spec.head {
-        HeadSpec::None => return x,
-        HeadSpec::MeanMlp { .. } => {
-            let x = ops.pool(Pool::Mean, x, batch);
-            let x = ops.tap(At::Pooled, x);
-            let x = ops.dropout(DropSite::HeadIn, x, batch);
-            ops.linear(Lin::HeadDense, x, Activation::Gelu)
-        }
-        HeadSpec::Pooler { .. } => {
-            let x = ops.pool(Pool::First, x, batch);
-            let x = ops.tap(At::Pooled, x);
-            ops.linear(Lin::HeadDense, x, Activation::Tanh)
-        }
-    };
+    let Some(head) = spec.head_flow() else { return x };
+    let x = ops.pool(head.pool, x, batch);
+    let mut x = ops.tap(At::Pooled, x);
+    if head.dropout {
+        x = ops.dropout(DropSite::HeadIn, x, batch);
+    }
+    let x = ops.linear(Lin::HeadDense, x, head.activation);
     let x = ops.tap(At::HeadHidden, x);
     let x = ops.dropout(DropSite::Classifier, x, batch);
     let logits = ops.linear(Lin::Classifier, x, Activation::Identity);

@@ -124,7 +124,7 @@ impl FromStr for Scheme {
 }
 
 /// The short name of a linear in patterns, recipes and reports: `layer.0.query`, `.key`, `.value`, `.attention_out`,
-/// `.ffn_up`, `.ffn_down`; in the head its module name.
+/// `.ffn_up`, `.ffn_down`; elsewhere its module name.
 pub fn site(spec: &ModelSpec, lin: Lin) -> String {
     match lin {
         Lin::Query(l) => format!("layer.{l}.query"),
@@ -133,7 +133,7 @@ pub fn site(spec: &ModelSpec, lin: Lin) -> String {
         Lin::Out(l) => format!("layer.{l}.attention_out"),
         Lin::Up(l) => format!("layer.{l}.ffn_up"),
         Lin::Down(l) => format!("layer.{l}.ffn_down"),
-        Lin::HeadDense | Lin::Classifier | Lin::UnusedPooler => {
+        Lin::EmbedProjection | Lin::HeadDense | Lin::Classifier | Lin::UnusedPooler => {
             let module = spec.module(lin);
             module.strip_prefix(&spec.prefix).map(str::to_owned).unwrap_or(module)
         }
@@ -141,11 +141,16 @@ pub fn site(spec: &ModelSpec, lin: Lin) -> String {
 }
 
 /// What stays float unless somebody says otherwise: embeddings and LayerNorms (which no scheme quantises anyway) and
-/// the last linear, as transformers 4.57 keeps it.
+/// the last linear, as transformers 4.57 keeps it. transformers 5 reads a skip list by suffix, so DistilBERT's
+/// `pre_classifier` stays with its `classifier`.
 pub fn default_keep(spec: &ModelSpec) -> Vec<String> {
     let mut keep = vec!["embeddings.*".to_owned(), "*.LayerNorm".to_owned()];
     if spec.head != HeadSpec::None {
-        keep.push(spec.module(Lin::Classifier));
+        let (dense, last) = (spec.module(Lin::HeadDense), spec.module(Lin::Classifier));
+        if dense.ends_with(&last) {
+            keep.push(dense);
+        }
+        keep.push(last);
     }
     keep
 }

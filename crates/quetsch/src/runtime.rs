@@ -49,7 +49,8 @@ impl Model {
             .filter(|(s, ..)| single(s))
             .map(|(s, ..)| (s, Linear::pack(ck, &[s])))
             .collect();
-        let (word, position, token_type) = (table(Tensor::Word), table(Tensor::Position), table(Tensor::TokenType));
+        let (word, position) = (table(Tensor::Word), table(Tensor::Position));
+        let token_type = if spec.token_types > 0 { table(Tensor::TokenType) } else { vec![] };
         Model { spec, word, position, token_type, norms, qkv, linears }
     }
 
@@ -185,7 +186,7 @@ impl Ops for CpuOps<'_> {
     type Act = Act;
 
     fn embed(&mut self, batch: &Batch) -> Act {
-        let (m, rows, width) = (self.model, batch.tokens(), self.model.spec.hidden);
+        let (m, rows, width) = (self.model, batch.tokens(), self.model.spec.embedding());
         self.starts.clone_from(&batch.starts);
         let mut values = self.ws.floats(rows * width);
         let x = &mut values[..rows * width];

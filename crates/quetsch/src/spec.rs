@@ -4,6 +4,8 @@
 //! never derived from `hidden / heads`, so a layer may keep any number of heads, also none.
 
 use crate::error::{Error, Result};
+use crate::family::{Facts, POOLER};
+pub use crate::family::{Family, RobertaLike};
 pub use quetsch_kernels::{Activation, Pool};
 
 /// One encoder layer.
@@ -25,11 +27,23 @@ pub enum HeadSpec {
         /// Number of labels.
         labels: usize,
     },
-    /// Stock `BertForSequenceClassification`: first token, `pooler.dense` + tanh, `classifier`.
+    /// The family's own `ForSequenceClassification`: first token, a hidden layer (BERT: `pooler.dense` + tanh), last
+    /// linear.
     Pooler {
         /// Number of labels.
         labels: usize,
     },
+}
+
+/// How the forward goes through a head: pool, hidden layer, last linear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadFlow {
+    /// How a sentence becomes one row.
+    pub pool: Pool,
+    /// Whether training drops values in front of the hidden layer.
+    pub dropout: bool,
+    /// The hidden layer's non-linearity.
+    pub activation: Activation,
 }
 
 impl HeadSpec {
@@ -45,13 +59,15 @@ impl HeadSpec {
 /// The shape of a whole model: everything that decides which tensors exist and how the forward runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
-    /// Prefix of the body's tensor names: `bert.`, `backbone.` or empty.
+    /// The family: names, positions, the stock head.
+    pub family: Family,
+    /// Prefix of the body's tensor names: the family's own (`bert.`), `backbone.` or empty.
     pub prefix: String,
     /// Rows of the word embedding table.
     pub vocab: usize,
-    /// Rows of the position embedding table: the longest input in tokens.
+    /// Rows of the position embedding table.
     pub positions: usize,
-    /// Rows of the token-type embedding table.
+    /// Rows of the token-type embedding table; 0: there is none.
     pub token_types: usize,
     /// Width of the residual stream.
     pub hidden: usize,
@@ -74,6 +90,8 @@ pub struct ModelSpec {
 /// A linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Lin {
+    /// From the width of the embeddings to that of the layers (`embeddings_project`), where they differ.
+    EmbedProjection,
     /// Attention query of a layer.
     Query(usize),
     /// Attention key of a layer.
@@ -86,9 +104,9 @@ pub enum Lin {
     Up(usize),
     /// Feed-forward down (`output.dense`).
     Down(usize),
-    /// The head's hidden layer: `head.1` or `pooler.dense`.
+    /// The head's hidden layer: `head.1`, `pooler.dense`, `pre_classifier` or `classifier.dense`.
     HeadDense,
-    /// The last linear: `head.4` or `classifier`.
+    /// The last linear: `head.4`, `classifier` or `classifier.out_proj`.
     Classifier,
     /// A pooler that stands in the file and is not used.
     UnusedPooler,
@@ -108,8 +126,10 @@ pub enum Norm {
 /// A place in the forward where an activation exists: the key of taps, masks, calibration and input quantisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum At {
-    /// After the embedding LayerNorm. `[tokens, hidden]`
+    /// After the embedding LayerNorm. `[tokens, embedding width]`
     Embedded,
+    /// After the projection of the embeddings, where there is one. `[tokens, hidden]`
+    Projected,
     /// q, k and v side by side. `[tokens, 3 * heads * head_dim]`
     Qkv(usize),
     /// Attention output before the output projection. `[tokens, heads * head_dim]`
@@ -137,7 +157,7 @@ pub enum DropSite {
     Attention(usize),
     /// After the feed-forward down projection (`hidden_dropout_prob`).
     Ffn(usize),
-    /// In front of the head's hidden layer (`MeanMlp` only).
+    /// In front of the head's hidden layer ([`HeadFlow::dropout`]).
     HeadIn,
     /// In front of the classifier.
     Classifier,
@@ -157,15 +177,15 @@ impl Norm {
 /// The key of one tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Tensor {
-    /// Word embeddings. `[vocab, hidden]`
+    /// Word embeddings. `[vocab, embedding width]`
     Word,
-    /// Position embeddings. `[positions, hidden]`
+    /// Position embeddings. `[positions, embedding width]`
     Position,
-    /// Token-type embeddings. `[token_types, hidden]`
+    /// Token-type embeddings. `[token_types, embedding width]`
     TokenType,
-    /// LayerNorm weight. `[hidden]`
+    /// LayerNorm weight. `[width]`
     Gamma(Norm),
-    /// LayerNorm bias. `[hidden]`
+    /// LayerNorm bias. `[width]`
     Beta(Norm),
     /// Weight of a linear. `[out, in]`
     W(Lin),
@@ -217,10 +237,45 @@ impl ModelSpec {
         self.layers[layer].heads.len() * self.head_dim
     }
 
+    /// Width of the embedding tables: `hidden`, but for ELECTRA.
+    pub fn embedding(&self) -> usize {
+        match self.family {
+            Family::Electra { embedding } => embedding,
+            _ => self.hidden,
+        }
+    }
+
+    /// Whether a projection stands between embeddings and layers.
+    pub fn is_projected(&self) -> bool {
+        self.embedding() != self.hidden
+    }
+
+    /// The longest input in tokens: positions that a text can take.
+    pub fn longest(&self) -> usize {
+        self.positions.saturating_sub(self.family.unused_positions())
+    }
+
+    /// How the forward goes through the head; `None` for a bare body.
+    pub fn head_flow(&self) -> Option<HeadFlow> {
+        let facts = self.family.facts();
+        match self.head {
+            HeadSpec::None => None,
+            HeadSpec::MeanMlp { .. } => {
+                Some(HeadFlow { pool: Pool::Mean, dropout: true, activation: Activation::Gelu })
+            }
+            HeadSpec::Pooler { .. } => {
+                Some(HeadFlow { pool: Pool::First, dropout: facts.head_dropout, activation: facts.head_activation })
+            }
+        }
+    }
+
     /// (site, out, in) of every linear, in forward order, the unused pooler last.
     pub fn linears(&self) -> Vec<(Lin, usize, usize)> {
         let h = self.hidden;
         let mut t = vec![];
+        if self.is_projected() {
+            t.push((Lin::EmbedProjection, h, self.embedding()));
+        }
         for (l, layer) in self.layers.iter().enumerate() {
             let (inner, ffn) = (self.inner(l), layer.ffn);
             t.extend([Lin::Query(l), Lin::Key(l), Lin::Value(l)].map(|s| (s, inner, h)));
@@ -246,13 +301,16 @@ impl ModelSpec {
 
     /// The one table of tensors: the only place that knows which tensors exist, their names and their shapes.
     pub fn tensors(&self) -> Vec<TensorDef> {
-        let h = self.hidden;
+        let e = self.embedding();
         let mut keys = vec![
-            (Tensor::Word, vec![self.vocab, h], Role::Embedding),
-            (Tensor::Position, vec![self.positions, h], Role::Embedding),
-            (Tensor::TokenType, vec![self.token_types, h], Role::Embedding),
+            (Tensor::Word, vec![self.vocab, e], Role::Embedding),
+            (Tensor::Position, vec![self.positions, e], Role::Embedding),
         ];
+        if self.token_types > 0 {
+            keys.push((Tensor::TokenType, vec![self.token_types, e], Role::Embedding));
+        }
         for n in self.norms() {
+            let h = if n == Norm::Embeddings { e } else { self.hidden };
             keys.extend([(Tensor::Gamma(n), vec![h], Role::Norm), (Tensor::Beta(n), vec![h], Role::Norm)]);
         }
         for (s, n, k) in self.linears() {
@@ -278,34 +336,40 @@ impl ModelSpec {
     }
 
     fn norm_name(&self, norm: Norm) -> String {
-        let p = &self.prefix;
+        let facts = self.family.facts();
         match norm {
-            Norm::Embeddings => format!("{p}embeddings.LayerNorm"),
-            Norm::Attention(l) => format!("{p}encoder.layer.{l}.attention.output.LayerNorm"),
-            Norm::Ffn(l) => format!("{p}encoder.layer.{l}.output.LayerNorm"),
+            Norm::Embeddings => self.fill("{p}embeddings.LayerNorm", 0),
+            Norm::Attention(l) => self.fill(facts.norms[0], l),
+            Norm::Ffn(l) => self.fill(facts.norms[1], l),
         }
     }
 
     /// The module name of a linear in transformers: its tensor names without `.weight` or `.bias`.
     pub fn module(&self, site: Lin) -> String {
-        let p = &self.prefix;
+        let facts: &Facts = self.family.facts();
         match site {
-            Lin::Query(l) => format!("{p}encoder.layer.{l}.attention.self.query"),
-            Lin::Key(l) => format!("{p}encoder.layer.{l}.attention.self.key"),
-            Lin::Value(l) => format!("{p}encoder.layer.{l}.attention.self.value"),
-            Lin::Out(l) => format!("{p}encoder.layer.{l}.attention.output.dense"),
-            Lin::Up(l) => format!("{p}encoder.layer.{l}.intermediate.dense"),
-            Lin::Down(l) => format!("{p}encoder.layer.{l}.output.dense"),
-            Lin::UnusedPooler => format!("{p}pooler.dense"),
-            Lin::HeadDense => match self.head {
-                HeadSpec::MeanMlp { .. } => "head.1".into(),
-                _ => format!("{p}pooler.dense"),
-            },
-            Lin::Classifier => match self.head {
-                HeadSpec::MeanMlp { .. } => "head.4".into(),
-                _ => "classifier".into(),
-            },
+            Lin::EmbedProjection => self.fill("{p}embeddings_project", 0),
+            Lin::Query(l) => self.fill(facts.qkv[0], l),
+            Lin::Key(l) => self.fill(facts.qkv[1], l),
+            Lin::Value(l) => self.fill(facts.qkv[2], l),
+            Lin::Out(l) => self.fill(facts.out, l),
+            Lin::Up(l) => self.fill(facts.up_down[0], l),
+            Lin::Down(l) => self.fill(facts.up_down[1], l),
+            Lin::UnusedPooler => self.fill(POOLER, 0),
+            Lin::HeadDense => self.head_name(facts, 0),
+            Lin::Classifier => self.head_name(facts, 1),
         }
+    }
+
+    fn head_name(&self, facts: &Facts, i: usize) -> String {
+        match self.head {
+            HeadSpec::MeanMlp { .. } => ["head.1", "head.4"][i].to_owned(),
+            _ => self.fill(facts.head[i], 0),
+        }
+    }
+
+    fn fill(&self, name: &str, layer: usize) -> String {
+        name.replace("{p}", &self.prefix).replace("{l}", &layer.to_string())
     }
 
     /// Checks that the numbers can be a model at all, so that nothing behind this door has to.
@@ -314,8 +378,8 @@ impl ModelSpec {
         let sizes = [
             ("vocab_size", self.vocab, 1 << 24),
             ("max_position_embeddings", self.positions, 1 << 20),
-            ("type_vocab_size", self.token_types, 1 << 16),
             ("hidden_size", self.hidden, 1 << 16),
+            ("embedding_size", self.embedding(), 1 << 16),
             ("head_dim", self.head_dim, 1 << 12),
             ("num_attention_heads", self.original_heads as usize, 1 << 12),
         ];
@@ -323,6 +387,19 @@ impl ModelSpec {
             if value == 0 || value > limit {
                 return bad(format!("{name} is {value}, expected 1 to {limit}"));
             }
+        }
+        match (self.family, self.token_types) {
+            (Family::DistilBert, 0) => {}
+            (Family::DistilBert, n) => return bad(format!("{n} token types, but DistilBERT has none")),
+            (_, 1..=65536) => {}
+            (_, n) => return bad(format!("type_vocab_size is {n}, expected 1 to 65536")),
+        }
+        if self.longest() == 0 {
+            return bad(format!(
+                "max_position_embeddings is {}, but positions count from pad_token_id + 1 = {}",
+                self.positions,
+                self.family.unused_positions()
+            ));
         }
         if self.layers.len() > 1 << 10 {
             return bad(format!("num_hidden_layers is {}, expected at most 1024", self.layers.len()));

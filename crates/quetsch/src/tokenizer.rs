@@ -55,8 +55,9 @@ impl Tokenizer {
             (None, Some(vocab)) => bert(vocab, &BertOptions::read(files)?)?,
             (None, None) => {
                 return Err(Error::invalid(
-                    "the model directory has no tokenizer; looked for tokenizer.json and vocab.txt: copy them from \
-                     the model it was made from",
+                    "the model directory has no tokenizer; looked for tokenizer.json and vocab.txt (WordPiece \
+                     alone): copy them from the model it was made from, or write tokenizer.json with \
+                     AutoTokenizer.from_pretrained(..).save_pretrained(..)",
                 ));
             }
         };
@@ -187,7 +188,7 @@ impl Tokenizer {
             .map(|(id, a)| json!([id, a.content, a.single_word, a.lstrip, a.rstrip, a.normalized]))
             .collect();
         let mut model = serde_json::to_value(t.get_model()).unwrap_or_default();
-        if let Some(m) = model.as_object_mut() {
+        if let Some(m) = model.as_object_mut().filter(|m| m.get("vocab").is_some_and(Value::is_object)) {
             m.shift_remove("vocab"); // written in hash order; `vocab` above is the same, sorted
         }
         let parts = json!({

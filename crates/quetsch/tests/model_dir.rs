@@ -7,7 +7,7 @@ use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::config;
 use quetsch::dir::{self, ModelDir};
 use quetsch::quant::quantise;
-use quetsch::spec::{Activation, HeadSpec, LayerShape, ModelSpec, Tensor};
+use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec, RobertaLike, Tensor};
 use quetsch::tokenizer::TokenizerFiles;
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -79,6 +79,7 @@ fn small(head: HeadSpec, prefix: &str, unused_pooler: bool) -> ModelSpec {
         LayerShape { heads: vec![0, 1, 2, 3], ffn: 0 },
     ];
     ModelSpec {
+        family: Family::Bert,
         prefix: prefix.into(),
         vocab: 11,
         positions: 7,
@@ -101,11 +102,21 @@ fn every_scheme_reads_back_as_written() {
     let heads = [
         (HeadSpec::MeanMlp { labels: 3 }, "backbone.", true, labels()),
         (HeadSpec::Pooler { labels: 3 }, "bert.", false, labels()),
+        (HeadSpec::Pooler { labels: 3 }, "distilbert.", false, labels()),
+        (HeadSpec::Pooler { labels: 3 }, "roberta.", true, labels()),
+        (HeadSpec::Pooler { labels: 3 }, "electra.", false, labels()),
         (HeadSpec::None, "", true, vec![]),
         (HeadSpec::None, "bert.", false, vec![]),
     ];
     for (i, (head, prefix, unused, labels)) in heads.into_iter().enumerate() {
-        let mut ck = Checkpoint::random(small(head, prefix, unused), labels, 7).unwrap();
+        let mut spec = small(head, prefix, unused);
+        (spec.family, spec.token_types) = match prefix {
+            "distilbert." => (Family::DistilBert, 0),
+            "roberta." => (Family::Roberta { of: RobertaLike::Camembert, pad: 5 }, 1),
+            "electra." => (Family::Electra { embedding: 3 }, 2),
+            _ => (Family::Bert, 2),
+        };
+        let mut ck = Checkpoint::random(spec, labels, 7).unwrap();
         ck.max_length = Some(5);
         for scheme in ["f32", "f16", "bf16", "int8", "bnb-int8", "nf4", "fp4"] {
             let q = quantise(&ck, &[("*".into(), scheme.parse().unwrap())], &[]).unwrap();
@@ -137,17 +148,33 @@ prop_compose! {
         relu in any::<bool>(),
         norm_eps in prop::sample::select(vec![1e-12f32, 1e-5, 1e-7, 0.1]),
         (kind, labels, pooler) in (0..4, 1usize..9, any::<bool>()),
+        (family, pad, embedding) in (0..6, 0u32..9, 1usize..20),
     ) -> ModelSpec {
+        let like = |of| Family::Roberta { of, pad };
+        let family = match family {
+            0 => Family::DistilBert,
+            1 => like(RobertaLike::Roberta),
+            2 => like(RobertaLike::XlmRoberta),
+            3 => like(RobertaLike::Camembert),
+            4 => Family::Electra { embedding },
+            _ => Family::Bert,
+        };
+        let own = family.facts().prefix;
         let (prefix, head) = match kind {
             0 => ("", HeadSpec::None),
-            1 => ("bert.", HeadSpec::None),
+            1 => (own, HeadSpec::None),
             2 => ("backbone.", HeadSpec::MeanMlp { labels }),
-            _ => ("bert.", HeadSpec::Pooler { labels }),
+            _ => (own, HeadSpec::Pooler { labels }),
         };
+        let is_distilbert = family == Family::DistilBert;
+        let token_types = if is_distilbert { 0 } else { token_types };
+        let norm_eps = if is_distilbert { 1e-12 } else { norm_eps };
+        let positions = positions + family.unused_positions();
         ModelSpec {
+            family,
             prefix: prefix.into(), vocab, positions, token_types, hidden, head_dim, original_heads, layers,
             ffn_activation: if relu { Activation::Relu } else { Activation::Gelu },
-            norm_eps, head, unused_pooler: pooler && kind != 3,
+            norm_eps, head, unused_pooler: pooler && !(kind == 3 && family == Family::Bert),
         }
     }
 }
@@ -186,8 +213,9 @@ fn with_config(edit: impl FnOnce(&mut Map<String, Value>)) -> quetsch::Result<Ch
 
 #[test]
 fn configs_that_are_refused() {
-    let table: [(&str, Value, &str); 27] = [
-        ("model_type", json!("roberta"), "supported are: bert"),
+    let table: [(&str, Value, &str); 28] = [
+        ("model_type", json!("mpnet"), "supported are: bert, distilbert, roberta"),
+        ("model_type", json!("modernbert"), "electra"),
         ("position_embedding_type", json!("relative_key"), "supported is: absolute"),
         ("hidden_act", json!("gelu_new"), "supported are: gelu, relu"),
         ("is_decoder", json!(true), "only encoders"),

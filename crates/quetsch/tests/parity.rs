@@ -4,8 +4,10 @@
 
 use quetsch::checkpoint::Stored;
 use quetsch::dir;
+use quetsch::head::{HeadKind, with_head};
 use quetsch::metrics::top_k;
-use quetsch::quant::{Compute, FourBit, Int8Input, Int8Rows};
+use quetsch::prune;
+use quetsch::quant::{self, Compute, FourBit, Int8Input, Int8Rows};
 use quetsch::runtime::Classifier;
 use quetsch::spec::Tensor;
 use serde_json::Value;
@@ -53,6 +55,64 @@ fn float_models_give_the_logits_of_transformers() {
         let width = c.labels().len();
         for (a, b) in together.chunks(width).zip(logits.chunks(width)) {
             assert_eq!(top_k(a, 3), top_k(b, 3), "{name}");
+        }
+    }
+}
+
+const FAMILIES: [&str; 4] = ["distilbert", "roberta", "xlm_roberta", "electra"];
+
+/// One forward for all families: texts and pairs of texts, each with its own kind of tokenizer.
+#[test]
+fn other_families_give_the_logits_of_transformers() {
+    for name in FAMILIES {
+        let expected = json(&format!("families/{name}_expected.json"));
+        let c = Classifier::load(&fixture(&format!("families/{name}")), Some(16)).unwrap();
+        let (mut encodings, mut want) = (vec![], vec![]);
+        for row in expected["inputs"].as_array().unwrap() {
+            let text = |key: &str| row[key].as_str();
+            let e = match text("pair") {
+                Some(pair) => c.tokenizer().encode_pair(text("text").unwrap(), pair, 16),
+                None => c.tokenizer().encode(text("text").unwrap(), 16),
+            };
+            encodings.push(e.unwrap());
+            let ids: Vec<u32> = serde_json::from_value(row["ids"].clone()).unwrap();
+            assert_eq!(encodings[encodings.len() - 1].ids, ids, "{name} {row}");
+            want.extend(serde_json::from_value::<Vec<f32>>(row["logits"].clone()).unwrap());
+        }
+        let got = c.model().logits(&encodings, 2).unwrap();
+        assert!(worst(&got, &want) < 1e-4, "{name}: {}", worst(&got, &want));
+    }
+}
+
+/// Written and read again, pruned heads written back as zeros, and nearly so in 8 bits: the same answers.
+#[test]
+fn other_families_survive_every_stage() {
+    let temporary = tempfile::tempdir().unwrap();
+    for name in FAMILIES {
+        let model = dir::read(fixture(&format!("families/{name}"))).unwrap();
+        let texts = ["I lost my card", "why is the fee not zero?", ""];
+        let logits = |model: &dir::ModelDir| {
+            let out = temporary.path().join(name);
+            dir::write(&out, model, true).unwrap();
+            Classifier::load(&out, Some(16)).unwrap().logits(&texts, 1).unwrap()
+        };
+        let want = logits(&model);
+        let with = |checkpoint| dir::ModelDir { checkpoint, tokenizer: model.tokenizer.clone() };
+        let dense = with(prune::dense(&model.checkpoint).unwrap());
+        assert_ne!(dense.checkpoint.spec.layers, model.checkpoint.spec.layers);
+        assert!(worst(&logits(&dense), &want) < 1e-5, "{name}");
+        let keep = quant::default_keep(&model.checkpoint.spec);
+        for (scheme, tolerance) in [("f16", 0.05), ("int8", 0.5), ("bnb-int8", 0.5), ("nf4", 6.0)] {
+            let scheme = ("*".to_owned(), scheme.parse().unwrap());
+            let quantised = quant::quantise(&model.checkpoint, std::slice::from_ref(&scheme), &keep).unwrap();
+            let far = worst(&logits(&with(quantised)), &want);
+            assert!(far > 0.0 && far < tolerance, "{name} {}: {far}", scheme.1);
+        }
+        // A new head of either kind, and from there on as BERT.
+        for kind in [HeadKind::Mean, HeadKind::Pooler] {
+            let names = vec!["a".to_owned(), "b".to_owned()];
+            let new = with(with_head(&model.checkpoint, kind, names, 1).unwrap());
+            assert_eq!(logits(&new).len(), 6, "{name} {kind:?}");
         }
     }
 }

@@ -13,7 +13,7 @@ use quetsch::prune::{Amount, Budget, Cut, Magnitude, Plan, Scope, Scores};
 use quetsch::prune::{apply, dense, keep_layers, magnitude, masks, plan};
 use quetsch::rng::Rng;
 use quetsch::runtime::{CpuOps, Model, Workspace};
-use quetsch::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
+use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
 use reference::{Masks, forward, lively, worst};
 
 /// The f64 forward sums in order, so zero terms change nothing: the largest distance of 20,000 random models was 0.
@@ -31,26 +31,31 @@ fn specs() -> impl Strategy<Value = ModelSpec> {
         (1..4usize).prop_map(|labels| HeadSpec::Pooler { labels }),
     ];
     let layers = prop::collection::vec(layer, 1..4);
-    (layers, 4..9usize, 1..4usize, 1..5u16, head, any::<bool>()).prop_map(
-        |(layers, hidden, head_dim, original_heads, head, gelu)| ModelSpec {
-            prefix: if head == HeadSpec::None { "".into() } else { "bert.".into() },
-            vocab: 20,
-            positions: 8,
-            token_types: 2,
-            hidden,
-            head_dim,
-            original_heads,
-            layers: layers
-                .into_iter()
-                .map(|(keep, ffn)| LayerShape {
-                    heads: (0..original_heads).filter(|h| keep[*h as usize]).collect(),
-                    ffn,
-                })
-                .collect(),
-            ffn_activation: if gelu { Activation::Gelu } else { Activation::Relu },
-            norm_eps: 1e-2,
-            head,
-            unused_pooler: false,
+    let family = prop::sample::select(reference::FAMILIES.to_vec());
+    (layers, 4..9usize, 1..4usize, 1..5u16, head, any::<bool>(), family).prop_map(
+        |(layers, hidden, head_dim, original_heads, head, gelu, family)| {
+            let spec = ModelSpec {
+                family: Family::Bert,
+                prefix: if head == HeadSpec::None { "".into() } else { "bert.".into() },
+                vocab: 20,
+                positions: 8,
+                token_types: 2,
+                hidden,
+                head_dim,
+                original_heads,
+                layers: layers
+                    .into_iter()
+                    .map(|(keep, ffn)| LayerShape {
+                        heads: (0..original_heads).filter(|h| keep[*h as usize]).collect(),
+                        ffn,
+                    })
+                    .collect(),
+                ffn_activation: if gelu { Activation::Gelu } else { Activation::Relu },
+                norm_eps: 1e-2,
+                head,
+                unused_pooler: false,
+            };
+            reference::in_family(spec, family)
         },
     )
 }
@@ -60,9 +65,9 @@ fn batch(spec: &ModelSpec, seed: u64) -> Batch {
     let mut rng = Rng::new(seed);
     let sentences: Vec<Encoding> = (0..3)
         .map(|_| {
-            let n = 1 + rng.below(spec.positions);
+            let n = 1 + rng.below(spec.longest());
             let ids = (0..n).map(|_| rng.below(spec.vocab) as u32).collect();
-            Encoding { ids, types: (0..n).map(|_| rng.below(spec.token_types) as u32).collect() }
+            Encoding { ids, types: (0..n).map(|_| rng.below(spec.token_types.max(1)) as u32).collect() }
         })
         .collect();
     Batch::new(spec, &sentences).unwrap()

@@ -13,7 +13,7 @@ use quetsch::atomic::write_file;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::dir::{self, ModelDir};
 use quetsch::runtime::Classifier;
-use quetsch::spec::{Activation, HeadSpec, LayerShape, ModelSpec};
+use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
 use quetsch::tokenizer::{Tokenizer, train_wordpiece};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -126,6 +126,7 @@ pub fn run(d: &Demo, ui: &Ui) -> Result<()> {
 fn write_body(path: &Path, texts: &[String]) -> Result<()> {
     let tokenizer = train_wordpiece(texts, VOCABULARY)?;
     let spec = ModelSpec {
+        family: Family::Bert,
         prefix: String::new(),
         vocab: Tokenizer::new(&tokenizer)?.rows(),
         positions: POSITIONS,

@@ -49,7 +49,7 @@ pub fn run(i: &Init, ui: &Ui) -> Result<()> {
     }
     let checkpoint = dir::read_checkpoint(&i.model)?;
     let tokenizer = Tokenizer::new(&dir::read_tokenizer(&i.model)?)?;
-    let longest = checkpoint.spec.positions;
+    let longest = checkpoint.spec.longest();
     let mut lengths: Vec<usize> =
         tokenizer.encode_all(&set.texts, longest, ui.threads(None))?.iter().map(|e| e.ids.len()).collect();
     lengths.sort_unstable();

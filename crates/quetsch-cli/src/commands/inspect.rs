@@ -36,6 +36,7 @@ struct Layer {
 struct Facts {
     parameters: usize,
     bytes: usize,
+    family: &'static str,
     hidden: usize,
     head_dim: usize,
     vocab: usize,
@@ -68,14 +69,18 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
     let facts = Facts {
         parameters: ck.parameters(),
         bytes: parts.values().map(|p| p.bytes).sum(),
+        family: spec.family.facts().model_type,
         hidden: spec.hidden,
         head_dim: spec.head_dim,
         vocab: spec.vocab,
-        positions: spec.positions,
+        positions: spec.longest(),
         head: match spec.head {
             quetsch::spec::HeadSpec::None => "none (a bare body)".into(),
             quetsch::spec::HeadSpec::MeanMlp { labels } => format!("mean pool, 2 linears, {labels} labels"),
-            quetsch::spec::HeadSpec::Pooler { labels } => format!("first token, pooler, {labels} labels"),
+            quetsch::spec::HeadSpec::Pooler { labels } => match spec.family.facts().head_is_pooler() {
+                true => format!("first token, pooler, {labels} labels"),
+                false => format!("first token, 2 linears, {labels} labels"),
+            },
         },
         labels: ck.labels.clone(),
         layers: layers.collect(),
@@ -124,7 +129,8 @@ fn human(f: &Facts) -> String {
         })
         .collect();
     let mut text = format!(
-        "hidden {}, head width {}, vocabulary {}, up to {} tokens\nhead: {}\n\n{parts}\n\n{layers}\n\nlinears by scheme:\n{}",
+        "{}: hidden {}, head width {}, vocabulary {}, up to {} tokens\nhead: {}\n\n{parts}\n\n{layers}\n\nlinears by scheme:\n{}",
+        f.family,
         f.hidden,
         f.head_dim,
         f.vocab,

@@ -107,7 +107,7 @@ pub enum Head {
     /// Mean of all tokens, then two linear layers (`StudentHFModel`).
     #[default]
     Mean,
-    /// First token, pooler and classifier (stock BERT).
+    /// The family's own (stock BERT: first token, pooler, classifier).
     Pooler,
 }
 

@@ -15,6 +15,7 @@ pub fn part_of(tensor: Tensor, role: Role) -> &'static str {
             Lin::Query(_) | Lin::Key(_) | Lin::Value(_) | Lin::Out(_) => "attention",
             Lin::Up(_) | Lin::Down(_) => "feed-forward",
             Lin::HeadDense | Lin::Classifier => "head",
+            Lin::EmbedProjection => "embeddings",
             Lin::UnusedPooler => "unused pooler",
         },
         _ => "other",

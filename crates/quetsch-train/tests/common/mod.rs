@@ -4,7 +4,7 @@
 
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::{Checkpoint, Stored};
-use quetsch::spec::{Activation, HeadSpec, LayerShape, ModelSpec, TensorDef};
+use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec, RobertaLike, Tensor, TensorDef};
 use quetsch_train::{Dropout, FitSettings, Schedule};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -36,6 +36,7 @@ impl Golden {
             ffn: l["ffn"].as_u64().unwrap() as usize,
         };
         let spec = ModelSpec {
+            family: Family::Bert,
             prefix: s["prefix"].as_str().unwrap().into(),
             vocab: int("vocab"),
             positions: int("positions"),
@@ -78,6 +79,7 @@ pub fn worst(a: &[f32], b: &[f32]) -> f32 {
 pub fn uneven(head: HeadSpec) -> ModelSpec {
     let layer = |heads: &[u16], ffn| LayerShape { heads: heads.to_vec(), ffn };
     ModelSpec {
+        family: Family::Bert,
         prefix: "bert.".into(),
         vocab: 30,
         positions: 16,
@@ -93,12 +95,31 @@ pub fn uneven(head: HeadSpec) -> ModelSpec {
     }
 }
 
+/// The families, each with what only it can vary.
+pub const FAMILIES: [Family; 4] = [
+    Family::Bert,
+    Family::DistilBert,
+    Family::Roberta { of: RobertaLike::XlmRoberta, pad: 1 },
+    Family::Electra { embedding: 10 },
+];
+
+/// The same shape in another family.
+pub fn in_family(spec: ModelSpec, family: Family) -> ModelSpec {
+    let token_types = match family {
+        Family::Bert | Family::Electra { .. } => spec.token_types,
+        Family::Roberta { .. } => 1,
+        Family::DistilBert => 0,
+    };
+    let prefix = if spec.prefix == "bert." { family.facts().prefix.to_owned() } else { spec.prefix };
+    ModelSpec { family, prefix, token_types, positions: spec.positions + family.unused_positions(), ..spec }
+}
+
 /// Random weights large enough that every path matters.
 pub fn lively(spec: ModelSpec, seed: u64) -> Checkpoint {
     let labels = (0..spec.head.labels()).map(|i| format!("l{i}")).collect();
     let mut rng = quetsch::rng::Rng::new(seed);
     Checkpoint::from_fn(spec, labels, |d: &TensorDef| {
-        let near = if d.name.contains("LayerNorm.weight") { 1.0 } else { 0.0 };
+        let near = if matches!(d.tensor, Tensor::Gamma(_)) { 1.0 } else { 0.0 };
         Ok(Stored::f32((0..d.len()).map(|_| near + 0.25 * rng.normal()).collect()))
     })
     .unwrap()

@@ -169,9 +169,21 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// What the tensors of pre-training heads start with: BERT, RoBERTa, DistilBERT, ELECTRA.
+const PRETRAINING: [&str; 8] = [
+    "cls.",
+    "lm_head.",
+    "vocab_transform.",
+    "vocab_layer_norm.",
+    "vocab_projector.",
+    "discriminator_predictions.",
+    "generator_predictions.",
+    "generator_lm_head.",
+];
+
 /// Tensors of other tasks and buffers that stand beside a body and are none of our business.
 fn foreign(name: &str) -> bool {
-    name.starts_with("cls.") || name.ends_with("position_ids")
+    name.ends_with("position_ids") || PRETRAINING.iter().any(|p| name.starts_with(p))
 }
 
 fn expect_shape(name: &str, expected: &[usize], found: &[usize]) -> Read<()> {

@@ -49,7 +49,7 @@ pub(super) fn in_layer(tensor: Tensor, f: impl Fn(usize) -> usize) -> Tensor {
         Lin::Out(l) => Lin::Out(f(l)),
         Lin::Up(l) => Lin::Up(f(l)),
         Lin::Down(l) => Lin::Down(f(l)),
-        Lin::HeadDense | Lin::Classifier | Lin::UnusedPooler => site,
+        Lin::EmbedProjection | Lin::HeadDense | Lin::Classifier | Lin::UnusedPooler => site,
     };
     let norm = |site: Norm| match site {
         Norm::Embeddings => site,

@@ -4,10 +4,11 @@
 
 use super::*;
 use crate::checkpoint::{Checkpoint, Stored};
-use crate::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
+use crate::spec::{Activation, Family, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
 
 fn spec(layers: &[(&[u16], usize)]) -> ModelSpec {
     ModelSpec {
+        family: Family::Bert,
         prefix: String::new(),
         vocab: 3,
         positions: 2,

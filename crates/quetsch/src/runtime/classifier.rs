@@ -37,7 +37,7 @@ impl Classifier {
             ));
         }
         let tokenizer = Tokenizer::new(&dir.tokenizer)?;
-        let max_length = max_length.or(ck.max_length).unwrap_or(256).min(ck.spec.positions);
+        let max_length = max_length.or(ck.max_length).unwrap_or(256).min(ck.spec.longest());
         Ok(Classifier { model: Model::pack(ck), tokenizer, labels: ck.labels.clone(), max_length })
     }
 

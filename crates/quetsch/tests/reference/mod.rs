@@ -6,7 +6,7 @@
 use quetsch::batch::Batch;
 use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::rng::Rng;
-use quetsch::spec::{Activation, At, HeadSpec, LayerShape, Lin, ModelSpec, Norm, Tensor};
+use quetsch::spec::{Activation, At, Family, HeadSpec, LayerShape, Lin, ModelSpec, Norm, RobertaLike, Tensor};
 use std::collections::BTreeMap;
 
 /// Masks by place, as `prune::masks` makes them.
@@ -20,6 +20,7 @@ pub type Trace = BTreeMap<At, Vec<f64>>;
 pub fn forward(ck: &Checkpoint, batch: &Batch, masks: &Masks) -> Vec<f64> {
     let mut trace = trace(ck, batch, masks);
     let last = match (ck.spec.head, ck.spec.layers.len()) {
+        (HeadSpec::None, 0) if ck.spec.is_projected() => At::Projected,
         (HeadSpec::None, 0) => At::Embedded,
         (HeadSpec::None, n) => At::Hidden(n - 1),
         _ => At::Logits,
@@ -30,19 +31,24 @@ pub fn forward(ck: &Checkpoint, batch: &Batch, masks: &Masks) -> Vec<f64> {
 /// Runs the model and keeps every activation (after its mask).
 pub fn trace(ck: &Checkpoint, batch: &Batch, masks: &Masks) -> Trace {
     let spec = &ck.spec;
-    let (h, d) = (spec.hidden, spec.head_dim);
+    let (h, e, d) = (spec.hidden, spec.embedding(), spec.head_dim);
     let (tokens, sentences) = (batch.tokens(), batch.sentences());
     let mut taps = Trace::new();
 
     let table = |t: Tensor, ids: &[u32]| -> Vec<f64> {
         let w = values(ck, t);
-        ids.iter().flat_map(|&i| w[i as usize * h..(i as usize + 1) * h].to_vec()).collect()
+        ids.iter().flat_map(|&i| w[i as usize * e..(i as usize + 1) * e].to_vec()).collect()
     };
     let word = table(Tensor::Word, &batch.ids);
     let position = table(Tensor::Position, &batch.positions);
-    let kind = table(Tensor::TokenType, &batch.types);
-    let x = (0..word.len()).map(|i| word[i] + position[i] + kind[i]).collect();
-    let mut x = tap(&mut taps, masks, At::Embedded, h, norm(ck, Norm::Embeddings, x));
+    let mut x = add(word, &position);
+    if spec.token_types > 0 {
+        x = add(x, &table(Tensor::TokenType, &batch.types));
+    }
+    let mut x = tap(&mut taps, masks, At::Embedded, e, norm(ck, Norm::Embeddings, x));
+    if e != h {
+        x = tap(&mut taps, masks, At::Projected, h, linear(ck, Lin::EmbedProjection, &x, tokens));
+    }
 
     for (l, layer) in spec.layers.iter().enumerate() {
         let (heads, inner) = (layer.heads.len(), spec.inner(l));
@@ -81,7 +87,11 @@ pub fn trace(ck: &Checkpoint, batch: &Batch, masks: &Masks) -> Trace {
     let (labels, f) = match spec.head {
         HeadSpec::None => return taps,
         HeadSpec::MeanMlp { labels } => (labels, Activation::Gelu),
-        HeadSpec::Pooler { labels } => (labels, Activation::Tanh),
+        HeadSpec::Pooler { labels } => match spec.family {
+            Family::Bert | Family::Roberta { .. } => (labels, Activation::Tanh),
+            Family::DistilBert => (labels, Activation::Relu),
+            Family::Electra { .. } => (labels, Activation::Gelu),
+        },
     };
     let mut pooled = vec![];
     for range in batch.ranges() {
@@ -170,6 +180,7 @@ pub fn lively(spec: ModelSpec, seed: u64) -> Checkpoint {
 pub fn uneven(head: HeadSpec) -> ModelSpec {
     let layer = |heads: &[u16], ffn| LayerShape { heads: heads.to_vec(), ffn };
     ModelSpec {
+        family: Family::Bert,
         prefix: "bert.".into(),
         vocab: 30,
         positions: 16,
@@ -183,6 +194,25 @@ pub fn uneven(head: HeadSpec) -> ModelSpec {
         head,
         unused_pooler: false,
     }
+}
+
+/// The families, each with what only it can vary.
+pub const FAMILIES: [Family; 4] = [
+    Family::Bert,
+    Family::DistilBert,
+    Family::Roberta { of: RobertaLike::XlmRoberta, pad: 1 },
+    Family::Electra { embedding: 10 },
+];
+
+/// The same shape in another family.
+pub fn in_family(spec: ModelSpec, family: Family) -> ModelSpec {
+    let token_types = match family {
+        Family::Bert | Family::Electra { .. } => spec.token_types,
+        Family::Roberta { .. } => 1,
+        Family::DistilBert => 0,
+    };
+    let prefix = if spec.prefix == "bert." { family.facts().prefix.to_owned() } else { spec.prefix };
+    ModelSpec { family, prefix, token_types, positions: spec.positions + family.unused_positions(), ..spec }
 }
 
 /// The largest distance of two rows of numbers.

@@ -360,13 +360,13 @@ impl Ops for Tape<'_> {
         let (p, width, count) = (self.params, self.params.spec.embedding(), batch.tokens());
         self.batch = batch.clone();
         let mut x = self.buffers.take(count * width);
+        rows::gather(p.get(Tensor::Word), width, &batch.ids, &mut x);
         let tables = rows::Tables {
-            word: p.get(Tensor::Word),
             position: p.get(Tensor::Position),
             token_type: p.find(Tensor::TokenType).map_or(&[], |i| &p.data[i]),
             width,
         };
-        rows::embed(tables, &batch.ids, &batch.types, &batch.positions, &mut x);
+        rows::add_embeddings(tables, &batch.types, &batch.positions, &mut x);
         let (y, z, inv) = self.norm(Norm::Embeddings, &x, &[]);
         self.buffers.give(x);
         self.push(count, width, y, Op::Embed { z, inv })

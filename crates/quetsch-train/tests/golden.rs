@@ -21,7 +21,7 @@ fn the_runtime_gives_pytorchs_activations_and_logits() {
         let model = Model::pack(&g.checkpoint());
         let batch = Batch::new(&g.spec, &g.encodings).unwrap();
         let mut ws = Workspace::default();
-        assert!(worst(&model.forward(&mut ws, &batch), &g.tensor("logits")) < 1e-5, "{name}");
+        assert!(worst(&model.forward(&mut ws, &batch).unwrap(), &g.tensor("logits")) < 1e-5, "{name}");
         let want = [
             At::Embedded,
             At::Attended(0),

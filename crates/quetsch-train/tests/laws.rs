@@ -40,7 +40,7 @@ fn tape_and_runtime_agree() {
         let draw = Draw { rate: Dropout::default(), seed: 1, step: 0, examples: &examples };
         let mut tape = Tape::new(&params, draw, &mut buffers);
         let y = forward(&mut tape, &ck.spec, &batch);
-        let got = Model::pack(&ck).forward(&mut Workspace::default(), &batch);
+        let got = Model::pack(&ck).forward(&mut Workspace::default(), &batch).unwrap();
         assert!(worst(tape.value(y), &got) < 1e-5, "{head:?} {family:?}");
     }
 }

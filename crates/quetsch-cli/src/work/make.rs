@@ -292,14 +292,19 @@ fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
     let floats = sites.iter().filter(|(_, s)| matches!(s.as_str(), Some("f32" | "f16" | "bf16")));
     let kept: Vec<_> = floats.map(|(site, _)| site.clone()).collect();
     let name = &s.quant;
+    let words = Scheme::of(checkpoint.get(quetsch::spec::Tensor::Word)).name();
     ui.note(format!(
-        "{}: {} of {} linears in {name}; in float: {}",
+        "{}: {} of {} linears in {name}; in float: {}; word embeddings in {words}",
         job.id,
         sites.len() - kept.len(),
         sites.len(),
         if kept.is_empty() { "none".into() } else { kept.join(", ") }
     ));
-    let report = Map::from_iter([("quant".to_string(), json!(name)), ("sites".to_string(), Value::Object(sites))]);
+    let report = Map::from_iter([
+        ("quant".to_string(), json!(name)),
+        ("embeddings".to_string(), json!(words)),
+        ("sites".to_string(), Value::Object(sites)),
+    ]);
     Ok(Made { checkpoint, tokenizer: model.tokenizer, report, files: vec![] })
 }
 

@@ -6,7 +6,7 @@ use super::shards::{Entry, Shards};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::quant::{Absmax, FourBit, FourBitKind, Int8Input, Int8Rows, Scheme};
+use crate::quant::{Absmax, Compute, FourBit, FourBitKind, Int8Input, Int8Rows, Scheme};
 use crate::spec::{Role, TensorDef};
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -36,9 +36,9 @@ impl<'a> Reader<'a> {
             None => Err(format!("missing {} {:?}", def.name, def.shape)),
             Some(entry) => match (entry.dtype, def.role) {
                 (Dtype::F32 | Dtype::F16 | Dtype::BF16, _) => self.float(def, entry),
-                (Dtype::I8, Role::Weight) => self.int8(def, entry).map(Stored::Int8),
-                (Dtype::U8, Role::Weight) => self.four_bit(def, entry).map(Stored::FourBit),
-                (other, Role::Weight) => {
+                (Dtype::I8, Role::Weight | Role::Embedding) => self.int8(def, entry).map(Stored::Int8),
+                (Dtype::U8, Role::Weight | Role::Embedding) => self.four_bit(def, entry).map(Stored::FourBit),
+                (other, Role::Weight | Role::Embedding) => {
                     Err(format!("{}: type {other}, expected F32, F16, BF16, I8 or U8", def.name))
                 }
                 (other, _) => Err(format!("{}: type {other}, expected F32, F16 or BF16", def.name)),
@@ -106,10 +106,12 @@ impl<'a> Reader<'a> {
         {
             return Err(format!("{module}.weight_format: {:?}, expected [0] (rows)", self.shards.bytes(format)));
         }
-        expect_shape(&def.name, &def.shape, &entry.shape)?;
+        expect_shape(&def.name, &int8_shape(def), &entry.shape)?;
         let threshold = self.config.threshold;
         let input = match self.config.sites.get(module) {
+            _ if def.role == Role::Embedding => Int8Input::Float,
             Some(Scheme::Int8) => Int8Input::Dynamic,
+            Some(Scheme::Int8Weight) => Int8Input::Float,
             _ => Int8Input::Mixed { threshold },
         };
         Ok((scb?, input))
@@ -177,7 +179,11 @@ impl<'a> Reader<'a> {
                 ));
             }
         };
-        let (packed, block, compute) = (packed.to_vec(), state.blocksize, self.config.compute);
+        let compute = match def.role {
+            Role::Embedding => Compute::F32,
+            _ => self.config.compute,
+        };
+        let (packed, block) = (packed.to_vec(), state.blocksize);
         Ok(FourBit { kind, map: map?, packed, len, block, absmax, source, compute })
     }
 
@@ -209,6 +215,15 @@ const PRETRAINING: [&str; 8] = [
 /// Tensors of other tasks and buffers that stand beside a body and are none of our business.
 fn foreign(name: &str) -> bool {
     name.ends_with("position_ids") || PRETRAINING.iter().any(|p| name.starts_with(p))
+}
+
+/// The shape in the file of an int8 tensor. Embedding tables are one column, as all 4-bit tensors are: a loader that
+/// knows only float tables stops at the shape, where the true one would let it read codes as if they were weights.
+fn int8_shape(def: &TensorDef) -> Vec<usize> {
+    match def.role {
+        Role::Embedding => vec![def.len(), 1],
+        _ => def.shape.clone(),
+    }
 }
 
 fn expect_shape(name: &str, expected: &[usize], found: &[usize]) -> Read<()> {
@@ -345,6 +360,7 @@ fn u8_row<'a>(shape: Vec<usize>, bytes: impl Into<Cow<'a, [u8]>>) -> Row<'a> {
 pub fn serialize(ck: &Checkpoint) -> Result<Vec<u8>> {
     let mut rows: Vec<(String, Row)> = vec![];
     for (def, stored) in ck.tensors() {
+        let int8_shape = int8_shape(&def);
         let (name, shape) = (def.name, def.shape);
         match stored {
             Stored::Float { dtype, data } => {
@@ -359,7 +375,7 @@ pub fn serialize(ck: &Checkpoint) -> Result<Vec<u8>> {
                 let module = name.trim_end_matches(".weight");
                 rows.push((format!("{module}.SCB"), f32_row(&q.scb)));
                 rows.push((format!("{module}.weight_format"), u8_row(vec![], vec![0])));
-                rows.push((name, Row { dtype: Dtype::I8, shape, data: Payload::Int8(&q.values) }));
+                rows.push((name, Row { dtype: Dtype::I8, shape: int8_shape, data: Payload::Int8(&q.values) }));
             }
             Stored::FourBit(q) => {
                 let state = quant_state(q, &shape).into_bytes();

@@ -168,12 +168,14 @@ impl<'a> Tape<'a> {
         Heads { count: self.params.spec.layers[layer].heads.len(), dim: self.params.spec.head_dim }
     }
 
-    /// Adds the gradients of all parameters to `grads`, given the gradient of node `of`, and returns those of the
+    /// Adds the gradients of all parameters to `grads`, given those of some nodes, and returns those of the
     /// masks. The tape's buffers are free afterwards.
-    pub fn backward(mut self, of: Node, gradient: Vec<f32>, grads: &mut Grads) -> BTreeMap<At, Vec<f32>> {
+    pub fn backward(mut self, of: Vec<(Node, Vec<f32>)>, grads: &mut Grads) -> BTreeMap<At, Vec<f32>> {
         let mut masks = BTreeMap::new();
         let mut nodes: Vec<Vec<f32>> = self.values.iter().map(|_| vec![]).collect();
-        nodes[of.0] = gradient;
+        for (node, gradient) in of {
+            self.accumulate(&mut nodes[node.0], gradient);
+        }
         while let Some(v) = self.values.pop() {
             let dy = std::mem::take(&mut nodes[self.values.len()]);
             let (rows, cols) = (v.rows, v.cols);

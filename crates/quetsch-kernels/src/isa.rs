@@ -71,6 +71,26 @@ pub fn isa() -> Isa {
     *ISA.get_or_init(|| Isa::from_env().unwrap_or(Isa::Scalar))
 }
 
+/// Whether `vdpbf16ps` (AVX512-BF16) is there and not capped away.
+pub fn bf16_dot() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return isa() >= Isa::Avx512 && is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Whether products of bf16 run faster here than those of f32. `vdpbf16ps` has twice the rate of f32 FMA on AMD
+/// (Zen 4 and 5), and half of it on Intel.
+pub fn bf16_is_fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let vendor = std::arch::x86_64::__cpuid(0);
+        bf16_dot() && [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Compiles a plain function for every instruction set and picks one at run time.
 macro_rules! kernel {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {

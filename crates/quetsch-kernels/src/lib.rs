@@ -3,7 +3,7 @@
 //! Matrices are row-major slices. Sentences are ragged: `starts[i]..starts[i + 1]` are the rows of sentence `i`.
 //! Elementwise kernels are written once as plain Rust and compiled for several instruction sets by `isa::kernel!`;
 //! they use no fused multiply-add, so that every tier gives the same bits. f32 matrix products come from the `gemm`
-//! crate.
+//! crate, those of training from [`panels`].
 
 #[macro_use]
 pub mod isa;
@@ -14,6 +14,7 @@ pub mod int8;
 pub mod math;
 pub mod norm;
 pub mod optim;
+pub mod panels;
 pub mod rows;
 
 pub use math::Activation;

@@ -6,11 +6,12 @@
 use crate::ModelSource;
 use crate::refusal::Refusal;
 use quetsch::batch::Batch;
-use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
+use quetsch::checkpoint::{FloatType, Stored};
+use quetsch::dir::Source;
 use quetsch::quant::FourBitKind;
 use quetsch::runtime::{Classifier, Workspace};
-use quetsch::spec::Tensor;
-use quetsch::{Error, Result, dir};
+use quetsch::spec::{Lin, Tensor};
+use quetsch::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Instant, SystemTime};
@@ -137,21 +138,19 @@ pub enum Which {
 }
 
 fn load(name: &str, path: &Path, max_length: Option<usize>) -> Result<Served> {
-    let dir = dir::read(path)?;
-    let classifier = Classifier::new(&dir, max_length).map_err(|e| Error::file(path, e.to_string()))?;
-    let dtype = dtype(&dir.checkpoint);
-    drop(dir);
+    let classifier = Classifier::load(path, max_length)?;
+    let dtype = dtype(path)?;
     let sentence = classifier.tokenizer().encode("warm up", classifier.max_length())?;
     let batch = Batch::new(classifier.model().spec(), [&sentence])?;
-    let logits = classifier.model().forward(&mut Workspace::default(), &batch);
+    let logits = classifier.model().forward(&mut Workspace::default(), &batch)?;
     if !logits.iter().all(|x| x.is_finite()) {
         return Err(Error::file(path, "the model computes NaN: its weights are broken"));
     }
     Ok(Served { name: name.into(), path: path.into(), dtype, classifier })
 }
 
-/// How the linears are stored: the first quantised one says it, else the first one.
-fn dtype(checkpoint: &Checkpoint) -> &'static str {
+/// How the linears are stored: the first quantised one among those of query and feed-forward says it, else the first.
+fn dtype(path: &Path) -> Result<&'static str> {
     let name = |stored: &Stored| match stored {
         Stored::Float { dtype: FloatType::F32, .. } => "float32",
         Stored::Float { dtype: FloatType::F16, .. } => "float16",
@@ -160,7 +159,17 @@ fn dtype(checkpoint: &Checkpoint) -> &'static str {
         Stored::FourBit(q) if q.kind == FourBitKind::Nf4 => "nf4",
         Stored::FourBit(_) => "fp4",
     };
-    let linears = || checkpoint.tensors().filter(|(d, _)| matches!(d.tensor, Tensor::W(_))).map(|(_, s)| s);
-    let quantised = linears().find(|s| !matches!(s, Stored::Float { .. }));
-    quantised.or_else(|| linears().next()).map_or("float32", name)
+    let mut source = Source::open(path)?;
+    let mut first = None;
+    let linears = source.spec().linears().into_iter().map(|(site, ..)| site);
+    for site in linears.filter(|site| matches!(site, Lin::Query(_) | Lin::Up(_))).collect::<Vec<_>>() {
+        let weight = Tensor::W(site);
+        let part = source.part(&[weight])?;
+        let stored = part.get(weight);
+        if !matches!(stored, Stored::Float { .. }) {
+            return Ok(name(stored));
+        }
+        first.get_or_insert(name(stored));
+    }
+    Ok(first.unwrap_or("float32"))
 }

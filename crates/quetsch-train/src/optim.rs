@@ -13,7 +13,7 @@ use quetsch_kernels::{math, optim};
 pub struct Rates {
     /// Learning rate of the body, at this step.
     pub body: f32,
-    /// Learning rate of the head (its hidden layer and the classifier), at this step.
+    /// Learning rate of the head (its hidden layer and the classifier) and of projections, at this step.
     pub head: f32,
     /// Decoupled weight decay of matrices and tables.
     pub decay: f32,
@@ -38,7 +38,11 @@ const EPS: f32 = 1e-8;
 const PIECE: usize = 1 << 18;
 
 fn is_head(d: &TensorDef) -> bool {
-    matches!(d.tensor, Tensor::W(Lin::HeadDense | Lin::Classifier) | Tensor::B(Lin::HeadDense | Lin::Classifier))
+    match d.tensor {
+        Tensor::W(s) | Tensor::B(s) => matches!(s, Lin::HeadDense | Lin::Classifier),
+        Tensor::Projection(_) => true,
+        _ => false,
+    }
 }
 
 /// Runs `f` on every item on `threads` threads; items are dealt in turn, so results do not depend on timing.

@@ -2,7 +2,8 @@
 
 use quetsch::Result;
 use quetsch::checkpoint::{Checkpoint, Stored};
-use quetsch::spec::{Lin, ModelSpec, Tensor, TensorDef};
+use quetsch::rng::{Rng, key};
+use quetsch::spec::{Lin, ModelSpec, Role, Tensor, TensorDef};
 use std::collections::HashMap;
 
 /// The weights being trained: one f32 vector per row of the table of tensors.
@@ -30,6 +31,17 @@ impl Params {
         let index = table.iter().enumerate().map(|(i, d)| (d.tensor, i)).collect();
         let data = table.iter().map(|d| ck.values(d.tensor).into_owned()).collect();
         Params { spec: ck.spec.clone(), table, data, trained, index }
+    }
+
+    /// Adds a projection `[to, from]`, random: it keeps the scale of what it maps.
+    pub fn add_projection(&mut self, i: usize, (to, from): (usize, usize), seed: u64) {
+        let tensor = Tensor::Projection(i);
+        let mut rng = Rng::new(key(&[seed, 0x9407, i as u64]));
+        self.index.insert(tensor, self.table.len());
+        let name = self.spec.name(tensor);
+        self.table.push(TensorDef { tensor, name, shape: vec![to, from], role: Role::Weight });
+        self.data.push((0..to * from).map(|_| rng.normal() / (from as f32).sqrt()).collect());
+        self.trained.push(true);
     }
 
     /// Row of the table.

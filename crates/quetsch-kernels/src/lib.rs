@@ -15,6 +15,8 @@ pub mod math;
 pub mod norm;
 pub mod optim;
 pub mod rows;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 pub use math::Activation;
 pub use rows::Pool;

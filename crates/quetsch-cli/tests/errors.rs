@@ -71,7 +71,12 @@ fn flags() {
                 2,
                 &["balanced"],
             ),
-            ("logits", "distill --teacher model --train train.csv --out o --logits=-1", 2, &["--logits", "0 or more"]),
+            (
+                "logits",
+                "distill --teacher model --train train.csv --out o --logits=-1",
+                2,
+                &["--logits", "0 or more"],
+            ),
             (
                 "hidden map",
                 "distill --teacher model --train train.csv --out o --hidden 1 --hidden-map first",

@@ -16,6 +16,8 @@ pub mod norm;
 pub mod optim;
 pub mod panels;
 pub mod rows;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 pub use math::Activation;
 pub use rows::Pool;

@@ -285,7 +285,7 @@ impl<'a> Tape<'a> {
             gemm(Size { m: rows, n: width, k }, 1.0, x, View::rows(w, k).t(), out, n, Write::Set);
             at += width;
         }
-        math::bias_activation(&mut pre, &bias, Activation::Identity);
+        math::bias_activation(&mut pre, bias.len(), &bias, Activation::Identity);
         if f == Activation::Identity {
             return self.push(rows, n, pre, Op::Linear { x, parts, f, pre: vec![] });
         }

@@ -7,6 +7,8 @@
 
 #[macro_use]
 pub mod isa;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod four_bit;
 pub mod gemm;

@@ -8,6 +8,7 @@
 #[macro_use]
 pub mod isa;
 pub mod attention;
+pub mod attention_train;
 pub mod four_bit;
 pub mod gemm;
 pub mod int8;

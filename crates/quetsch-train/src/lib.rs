@@ -12,9 +12,11 @@ pub mod scores;
 pub mod state;
 pub mod step;
 pub mod tape;
+mod threads;
 
 pub use fit::{Event, FitError, FitSettings, Fitted, Stop, TrainSet, fit};
 pub use loss::{ClassWeights, Hard, Losses, Objective, Soft};
+pub use quetsch_kernels::panels::Precision;
 pub use schedule::Schedule;
 pub use scores::{ffn_scores, head_scores};
 pub use state::State;

@@ -4,7 +4,7 @@
 
 mod training;
 
-pub use training::{ClassWeights, Kd, KeepEpoch, Schedule, Training};
+pub use training::{ClassWeights, Kd, KeepEpoch, Precision, Schedule, Training};
 
 use crate::values::{Amount, SiteRule};
 use crate::work::report::Lang;

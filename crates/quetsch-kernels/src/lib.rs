@@ -10,6 +10,7 @@ pub mod isa;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+pub mod attention_train;
 pub mod four_bit;
 pub mod gemm;
 pub mod int8;

@@ -108,10 +108,13 @@ fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
             };
             let keep = params.data[i][e];
             params.data[i][e] = keep + step;
+            params.repack(1);
             let up = loss(&params, &masks);
             params.data[i][e] = keep - step;
+            params.repack(1);
             let down = loss(&params, &masks);
             params.data[i][e] = keep;
+            params.repack(1);
             compare(format!("{} [{e}]", def.name), got, up, down);
         }
     }

@@ -4,7 +4,7 @@
 
 mod training;
 
-pub use training::{ClassWeights, Kd, KeepEpoch, Measure, Qkv, Schedule, Training};
+pub use training::{ClassWeights, Kd, KeepEpoch, Measure, Precision, Qkv, Schedule, Training};
 
 use crate::values::{Amount, SiteRule};
 use crate::work::report::Lang;

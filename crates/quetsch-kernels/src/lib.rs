@@ -18,6 +18,7 @@ pub mod math;
 pub mod norm;
 pub mod optim;
 pub mod panels;
+pub mod peak;
 pub mod rows;
 #[cfg(target_arch = "x86_64")]
 mod vnni;

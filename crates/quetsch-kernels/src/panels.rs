@@ -11,7 +11,9 @@
 //! Padding is zero. Values are rounded to bf16 to nearest, ties to even, by the same integer code on every tier.
 
 use crate::gemm::Write;
-use crate::isa::{Isa, bf16_dot, bf16_is_fast, isa};
+use crate::isa::bf16_is_fast;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Isa, bf16_dot, isa};
 
 /// The inputs' type; sums are f32 in both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -353,7 +353,7 @@ fn forward(model: &Served, jobs: &[Job], workspace: &mut Workspace) -> Result<Ve
         Batch::new(model.spec(), jobs.iter().map(|j| &j.encoding)).map_err(|e| Refusal::Shape(e.to_string()))?;
     histogram!("te_batch_next_size").record(jobs.len() as f64);
     histogram!("te_batch_next_tokens").record(batch.tokens() as f64);
-    Ok(model.forward(workspace, &batch))
+    model.forward(workspace, &batch).map_err(|e| Refusal::Inference(e.to_string()))
 }
 
 /// JSON has no NaN, and a model that gives one is broken.

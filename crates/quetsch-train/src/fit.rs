@@ -204,6 +204,7 @@ fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSetti
     if let Some(w) = weights.iter().find(|w| !(w.is_finite() && **w > 0.0)) {
         return bad(format!("a class weight is {w}, expected a number above 0"));
     }
+    objective.features().map_or(Ok(()), |f| f.check(&start.spec, set))?;
     objective.soft().map_or(Ok(()), |soft| check_soft(&soft, set.labels.len(), labels))
 }
 
@@ -215,6 +216,9 @@ fn check_soft(soft: &Soft, sentences: usize, labels: usize) -> Result<(), Error>
     }
     if !(temperature.is_finite() && temperature > 0.0) {
         return bad(format!("temperature is {temperature}, expected a number above 0"));
+    }
+    if !(soft.logits_weight.is_finite() && soft.logits_weight >= 0.0) {
+        return bad(format!("the weight of the logits' distance is {}, expected 0 or more", soft.logits_weight));
     }
     if soft.logits.len() != sentences * labels {
         return bad(format!(
@@ -244,6 +248,9 @@ pub fn fit(
     check(start, set, objective, settings)?;
     let s = settings;
     let mut params = Params::with(start, &s.freeze, s.precision, s.threads);
+    for (i, shape) in objective.features().map(|f| f.projections(&start.spec)).unwrap_or_default() {
+        params.add_projection(i, shape, s.seed);
+    }
     let mut adamw = AdamW::new(&params);
     let lengths: Vec<usize> = set.encodings.iter().map(|e| e.ids.len()).collect();
     let per_step = s.batch_size * s.accumulate;

@@ -3,7 +3,8 @@
 use crate::threads::parallel;
 use quetsch::Result;
 use quetsch::checkpoint::{Checkpoint, Stored};
-use quetsch::spec::{Lin, ModelSpec, Tensor, TensorDef};
+use quetsch::rng::{Rng, key};
+use quetsch::spec::{Lin, ModelSpec, Role, Tensor, TensorDef};
 use quetsch_kernels::gemm::Write;
 use quetsch_kernels::panels::{Precision, pack_panels, pack_panels_across};
 use std::collections::HashMap;
@@ -140,6 +141,17 @@ impl Params {
                 false => pack_panels(precision, row, n, k, out),
             }
         });
+    }
+
+    /// Adds a projection `[to, from]`, random: it keeps the scale of what it maps.
+    pub fn add_projection(&mut self, i: usize, (to, from): (usize, usize), seed: u64) {
+        let tensor = Tensor::Projection(i);
+        let mut rng = Rng::new(key(&[seed, 0x9407, i as u64]));
+        self.index.insert(tensor, self.table.len());
+        let name = self.spec.name(tensor);
+        self.table.push(TensorDef { tensor, name, shape: vec![to, from], role: Role::Weight });
+        self.data.push((0..to * from).map(|_| rng.normal() / (from as f32).sqrt()).collect());
+        self.trained.push(true);
     }
 
     /// Row of the table.

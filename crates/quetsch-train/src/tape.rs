@@ -190,12 +190,14 @@ impl<'a> Tape<'a> {
         Heads { count: self.params.spec.layers[layer].heads.len(), dim: self.params.spec.head_dim }
     }
 
-    /// Adds the gradients of all parameters to `grads`, given the gradient of node `of`, and returns those of the
+    /// Adds the gradients of all parameters to `grads`, given those of some nodes, and returns those of the
     /// masks. The tape's buffers are free afterwards.
-    pub fn backward(mut self, of: Node, gradient: Vec<f32>, grads: &mut Grads) -> BTreeMap<At, Vec<f32>> {
+    pub fn backward(mut self, of: Vec<(Node, Vec<f32>)>, grads: &mut Grads) -> BTreeMap<At, Vec<f32>> {
         let mut masks = BTreeMap::new();
         let mut nodes: Vec<Vec<f32>> = self.values.iter().map(|_| vec![]).collect();
-        nodes[of.0] = gradient;
+        for (node, gradient) in of {
+            self.accumulate(&mut nodes[node.0], gradient);
+        }
         while let Some(v) = self.values.pop() {
             let dy = std::mem::take(&mut nodes[self.values.len()]);
             let (rows, cols) = (v.rows, v.cols);
@@ -414,13 +416,13 @@ impl Ops for Tape<'_> {
         let (p, width, count) = (self.params, self.params.spec.embedding(), batch.tokens());
         self.batch = batch.clone();
         let mut x = self.buffers.take(count * width);
+        rows::gather(p.get(Tensor::Word), width, &batch.ids, &mut x);
         let tables = rows::Tables {
-            word: p.get(Tensor::Word),
             position: p.get(Tensor::Position),
             token_type: p.find(Tensor::TokenType).map_or(&[], |i| &p.data[i]),
             width,
         };
-        rows::embed(tables, &batch.ids, &batch.types, &batch.positions, &mut x);
+        rows::add_embeddings(tables, &batch.types, &batch.positions, &mut x);
         let (y, z, inv) = self.norm(Norm::Embeddings, &x, &[]);
         self.buffers.give(x);
         self.push(count, width, y, Op::Embed { z, inv })

@@ -6,17 +6,24 @@
 
 pub mod classifier;
 pub mod linear;
+pub mod stream;
+mod words;
 
 use crate::batch::{Batch, Encoding};
 use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::dir::Source;
+use crate::error::{Error, Result};
 use crate::ops::{Inspect, Ops, forward};
 use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
 use quetsch_kernels::{attention, math, norm, rows};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::result::Result as Outcome;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use words::Words;
 
 pub use classifier::Classifier;
 pub use quetsch_kernels::isa::{Isa, isa};
@@ -24,7 +31,7 @@ pub use quetsch_kernels::isa::{Isa, isa};
 /// A model packed for this machine; lives in RAM only.
 pub struct Model {
     spec: ModelSpec,
-    word: Vec<f32>,
+    words: Words,
     position: Vec<f32>,
     token_type: Vec<f32>,
     norms: BTreeMap<Norm, (Vec<f32>, Vec<f32>)>,
@@ -33,25 +40,56 @@ pub struct Model {
 }
 
 impl Model {
-    /// Packs a checkpoint. The unused pooler is left out.
+    /// Packs a checkpoint in memory. The unused pooler is left out.
     pub fn pack(ck: &Checkpoint) -> Model {
-        let spec = ck.spec.clone();
-        let table = |t: Tensor| ck.values(t).into_owned();
-        let norms =
-            spec.norms().into_iter().map(|n| (n, (table(Tensor::Gamma(n)), table(Tensor::Beta(n))))).collect();
-        let qkv = (0..spec.layers.len())
-            .map(|l| Linear::pack(ck, &[Lin::Query(l), Lin::Key(l), Lin::Value(l)]))
-            .collect();
+        let Ok(model) = Model::build(&ck.spec, Words::copy(ck), |_| Ok::<_, Infallible>(Cow::Borrowed(ck)));
+        model
+    }
+
+    /// Packs an opened directory tensor by tensor, so that memory never holds the weights twice; word embeddings stay
+    /// in the file, which is kept open.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the tensors.
+    pub fn load(mut source: Source) -> Result<Model> {
+        let words = Words::open(&mut source)?;
+        let spec = source.spec().clone();
+        let model = Model::build(&spec, words, |tensors| source.part(tensors).map(Cow::Owned))?;
+        if spec.unused_pooler {
+            source.part(&[Tensor::W(Lin::UnusedPooler), Tensor::B(Lin::UnusedPooler)])?;
+        }
+        source.finish()?;
+        Ok(model)
+    }
+
+    /// `part` gives a checkpoint that has at least the tensors asked for.
+    fn build<'c, E>(
+        spec: &ModelSpec,
+        words: Words,
+        mut part: impl FnMut(&[Tensor]) -> Outcome<Cow<'c, Checkpoint>, E>,
+    ) -> Outcome<Model, E> {
+        let mut table = |t: Tensor| Ok(part(&[t])?.values(t).into_owned());
+        let mut norms = BTreeMap::new();
+        for n in spec.norms() {
+            norms.insert(n, (table(Tensor::Gamma(n))?, table(Tensor::Beta(n))?));
+        }
+        let position = table(Tensor::Position)?;
+        let token_type = if spec.token_types > 0 { table(Tensor::TokenType)? } else { vec![] };
+        let mut pack = |sites: &[Lin]| {
+            let tensors: Vec<_> = sites.iter().flat_map(|s| [Tensor::W(*s), Tensor::B(*s)]).collect();
+            Ok(Linear::pack(&*part(&tensors)?, sites))
+        };
+        let layers = 0..spec.layers.len();
+        let qkv = layers.map(|l| pack(&[Lin::Query(l), Lin::Key(l), Lin::Value(l)])).collect::<Outcome<_, E>>()?;
         let single = |s: &Lin| !matches!(s, Lin::Query(_) | Lin::Key(_) | Lin::Value(_) | Lin::UnusedPooler);
-        let linears = spec
-            .linears()
-            .into_iter()
-            .filter(|(s, ..)| single(s))
-            .map(|(s, ..)| (s, Linear::pack(ck, &[s])))
-            .collect();
-        let (word, position) = (table(Tensor::Word), table(Tensor::Position));
-        let token_type = if spec.token_types > 0 { table(Tensor::TokenType) } else { vec![] };
-        Model { spec, word, position, token_type, norms, qkv, linears }
+        let linears = spec.linears().into_iter().map(|(s, ..)| s).filter(single);
+        let linears = linears.map(|s| Ok((s, pack(&[s])?))).collect::<Outcome<_, E>>()?;
+        Ok(Model { spec: spec.clone(), words, position, token_type, norms, qkv, linears })
+    }
+
+    /// Bytes of memory that the embedding tables take now; rows of word embeddings come in as they are read.
+    pub fn embedding_bytes(&self) -> usize {
+        self.words.memory_bytes() + 4 * (self.position.len() + self.token_type.len())
     }
 
     /// The shape.
@@ -60,12 +98,15 @@ impl Model {
     }
 
     /// Logits `[sentences, labels]` of a batch, or hidden states `[tokens, hidden]` of a bare body.
-    pub fn forward(&self, ws: &mut Workspace, batch: &Batch) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// The file that holds the word embeddings cannot be read any more.
+    pub fn forward(&self, ws: &mut Workspace, batch: &Batch) -> Result<Vec<f32>> {
         let mut ops = CpuOps::new(self, ws);
         let y = forward(&mut ops, &self.spec, batch);
         let out = y.values[..y.rows * y.width].to_vec();
         ops.recycle(y);
-        out
+        ops.failed.map_or(Ok(out), Err)
     }
 
     /// Logits `[sentences, labels]` in the order given. Sentences are packed into chunks of about `CHUNK` tokens that
@@ -96,7 +137,7 @@ impl Model {
             let (mut ws, mut done) = (Workspace::default(), vec![]);
             while let Some(c) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let batch = Batch::new(&self.spec, &sentences[c.clone()])?;
-                done.push((c.start, self.forward(&mut ws, &batch)));
+                done.push((c.start, self.forward(&mut ws, &batch)?));
             }
             Ok(done)
         };
@@ -159,12 +200,14 @@ pub struct CpuOps<'a> {
     ws: &'a mut Workspace,
     /// Row borders of the sequences in the activations: LLM.int8() looks for outliers within one.
     starts: Vec<usize>,
+    /// Operations cannot fail, reading word embeddings can: told by [`Model::forward`] when all is done.
+    failed: Option<Error>,
 }
 
 impl<'a> CpuOps<'a> {
     /// Ready for one batch after the other.
     pub fn new(model: &'a Model, ws: &'a mut Workspace) -> CpuOps<'a> {
-        CpuOps { model, ws, starts: vec![] }
+        CpuOps { model, ws, starts: vec![], failed: None }
     }
 
     fn recycle(&mut self, x: Act) {
@@ -190,8 +233,12 @@ impl Ops for CpuOps<'_> {
         self.starts.clone_from(&batch.starts);
         let mut values = self.ws.floats(rows * width);
         let x = &mut values[..rows * width];
-        let tables = rows::Tables { word: &m.word, position: &m.position, token_type: &m.token_type, width };
-        rows::embed(tables, &batch.ids, &batch.types, &batch.positions, x);
+        if let Err(error) = m.words.gather(&batch.ids, width, x) {
+            x.fill(0.0);
+            self.failed = Some(error);
+        }
+        let tables = rows::Tables { position: &m.position, token_type: &m.token_type, width };
+        rows::add_embeddings(tables, &batch.types, &batch.positions, x);
         let (gamma, beta) = &m.norms[&Norm::Embeddings];
         norm::layer_norm(x, gamma, beta, m.spec.norm_eps);
         Act { rows, width, values }

@@ -11,6 +11,7 @@ pub mod parts;
 pub mod pipeline;
 pub mod provenance;
 pub mod report;
+mod teacher;
 
 use crate::exit::usage;
 use crate::recipe::Kind;

@@ -20,7 +20,7 @@ pub struct Input<'a> {
 
 /// A closed set: one variant per scheme.
 enum Weight {
-    /// f32 `[k, n]`: f32, f16 and bf16 storage alike.
+    /// f32 `[k, n]`: f32, f16, bf16 and weight-only int8 storage alike.
     Dense(Vec<f32>),
     /// int8 rows; the input quantised by row at run time.
     Int8(int8::Matrix),
@@ -53,7 +53,11 @@ impl Linear {
         let width = |s: Lin| ck.get(Tensor::B(s)).len();
         let k = ck.spec.linears().iter().find(|(s, ..)| *s == sites[0]).map_or(0, |(_, _, k)| *k);
         let mut parts = vec![];
-        let dense = |s: &Lin| matches!(ck.get(Tensor::W(*s)), Stored::Float { .. });
+        let dense = |s: &Lin| match ck.get(Tensor::W(*s)) {
+            Stored::Float { .. } => true,
+            Stored::Int8(q) => q.input == Int8Input::Float,
+            Stored::FourBit(_) => false,
+        };
         if sites.iter().all(dense) {
             parts.push(Part {
                 weight: Weight::Dense(transposed(ck, sites, k, bias.len())),
@@ -65,14 +69,17 @@ impl Linear {
         let mut offset = 0;
         for &s in sites {
             let n = width(s);
+            let float = || Weight::Dense(transposed(ck, &[s], k, n));
             let weight = match ck.get(Tensor::W(s)) {
-                Stored::Float { .. } => Weight::Dense(transposed(ck, &[s], k, n)),
+                Stored::Float { .. } => float(),
                 Stored::Int8(q) => {
-                    let scale = q.scb.iter().map(|s| s / 127.0).collect();
-                    let matrix = int8::Matrix::new(&q.values, scale, k);
+                    let matrix = || int8::Matrix::new(&q.values, q.scb.iter().map(|s| s / 127.0).collect(), k);
                     match q.input {
-                        Int8Input::Dynamic => Weight::Int8(matrix),
-                        Int8Input::Mixed { threshold } => Weight::Mixed { matrix, rows: q.clone(), threshold },
+                        Int8Input::Float => float(),
+                        Int8Input::Dynamic => Weight::Int8(matrix()),
+                        Int8Input::Mixed { threshold } => {
+                            Weight::Mixed { matrix: matrix(), rows: q.clone(), threshold }
+                        }
                     }
                 }
                 Stored::FourBit(q) => {

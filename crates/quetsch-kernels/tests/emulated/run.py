@@ -108,7 +108,7 @@ def main():
         config.write_text(BOCHSRC.format(dir=directory, without=WITHOUT, **bios))
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         try:
-            subprocess.run([args.bochs, "-q", "-f", config], timeout=60 * args.minutes, check=False, **quiet)
+            subprocess.run([args.bochs.resolve(), "-q", "-f", config], timeout=60 * args.minutes, check=False, **quiet)
         except subprocess.TimeoutExpired:
             print(f"stopped after {args.minutes} minutes", file=sys.stderr)
         serial = directory / "serial"

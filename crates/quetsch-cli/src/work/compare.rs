@@ -348,7 +348,15 @@ fn loss_curve(dir: &Path) -> Vec<[f64; 2]> {
 fn measure(model: &Path, plan: &Plan) -> Result<Speed> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut command = Command::new(program);
-    command.arg("bench").arg("--model").arg(model).args(["--format", "json", "--quiet", "--samples", "300"]);
+    command.arg("bench").arg("--model").arg(model).args([
+        "--format",
+        "json",
+        "--quiet",
+        "--samples",
+        "300",
+        "--seconds",
+        "0.1",
+    ]);
     command.args(["--threads", &plan.threads.to_string()]);
     if let Some(test) = &plan.data.test {
         command.args(["--data", test]);

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from onnx import TensorProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.fusion_options import FusionOptions
+from onnxruntime.transformers.optimizer import optimize_model
 from transformers import (AutoTokenizer, BertConfig, BertForSequenceClassification, DistilBertConfig,
                           DistilBertForSequenceClassification)
 
@@ -37,8 +40,13 @@ def main():
         axes = {n: {0: "batch", 1: "tokens"} for n in names} | {"logits": {0: "batch"}}
         torch.onnx.export(model, tuple(), out / name / "model.onnx", kwargs={n: example[n] for n in names},
                           input_names=names, output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False)
+        # Fused, as its makers advise. A fused graph has no shapes, so the type is said.
+        fused = optimize_model(str(out / name / "model.onnx"), model_type="bert", num_heads=12,
+                               hidden_size=model.config.hidden_size, optimization_options=FusionOptions("bert"), opt_level=0)
+        fused.save_model_to_file(str(out / name / "model.onnx"))
         quantize_dynamic(out / name / "model.onnx", out / name / "model_int8.onnx", weight_type=QuantType.QInt8,
-                         per_channel=True)
+                         per_channel=True, extra_options={"DefaultTensorType": TensorProto.FLOAT})
+        (out / name / "model.onnx").unlink()
         print(out / name)
 
 

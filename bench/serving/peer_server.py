@@ -24,7 +24,7 @@ tokenizer.no_padding()
 tokenizer.enable_truncation(256)
 labels = [label for _, label in sorted(json.loads((MODEL / "config.json").read_text())["id2label"].items(),
                                        key=lambda item: int(item[0]))]
-names = [i.name for i in session.get_inputs()]
+names = {i.name: np.int32 if "int32" in i.type else np.int64 for i in session.get_inputs()}
 app = FastAPI()
 
 
@@ -42,7 +42,7 @@ def health():
 def predict(request: Request):
     e = tokenizer.encode(request.inputs)
     values = {"input_ids": e.ids, "attention_mask": e.attention_mask, "token_type_ids": e.type_ids}
-    feed = {n: np.array([values[n]], dtype=np.int64) for n in names}
+    feed = {n: np.array([values[n]], dtype=dtype) for n, dtype in names.items()}
     logits = session.run(["logits"], feed)[0][0]
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()

@@ -154,6 +154,14 @@ pub fn catch_interrupts() -> anyhow::Result<()> {
     })?)
 }
 
+/// Ends the work in good order, as Ctrl-C does, when standard input closes.
+pub fn end_with_stdin() {
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink()); // an error is an end, too
+        INTERRUPTED.store(true, Ordering::SeqCst);
+    });
+}
+
 /// Whether Ctrl-C was pressed.
 pub fn is_interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)

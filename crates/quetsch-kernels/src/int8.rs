@@ -4,7 +4,7 @@
 use crate::isa::{Isa, isa};
 use crate::math::Activation;
 #[cfg(target_arch = "x86_64")]
-use crate::vnni;
+use crate::{amx, vnni};
 
 /// Rows quantised to int8: `q` `[rows, stride(k)]`, zeros behind k, and what an integer of a row is worth.
 #[derive(Clone, Copy)]
@@ -66,6 +66,8 @@ enum Packed {
     Plain(Vec<i8>),
     /// Panels `[n / 16][stride(k) / 4][16][4]`, zeros behind n and k, and 128 * the sum of every row.
     Vnni(Vec<i8>, Vec<i32>),
+    /// The same panels, for AMX.
+    Amx(Vec<i8>),
 }
 
 /// Output columns of a panel.
@@ -91,7 +93,8 @@ impl Matrix {
             }
             sums[c] = 128 * row.iter().map(|v| i32::from(*v)).sum::<i32>();
         }
-        Matrix { packed: Packed::Vnni(packed, sums), scale, k }
+        let packed = if isa < Isa::Amx { Packed::Vnni(packed, sums) } else { Packed::Amx(packed) };
+        Matrix { packed, scale, k }
     }
 
     /// Rows of the matrix: columns of the product.
@@ -107,7 +110,7 @@ impl Matrix {
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
         let packed = match &self.packed {
-            Packed::Plain(v) => v.len(),
+            Packed::Plain(v) | Packed::Amx(v) => v.len(),
             Packed::Vnni(v, sums) => v.len() + 4 * sums.len(),
         };
         packed + 4 * self.scale.len()
@@ -117,7 +120,9 @@ impl Matrix {
     pub fn column(&self, c: usize, out: &mut [f32]) {
         let at = |j: usize| match &self.packed {
             Packed::Plain(w) => w[j * self.k + c],
-            Packed::Vnni(w, _) => w[((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4],
+            Packed::Vnni(w, _) | Packed::Amx(w) => {
+                w[((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4]
+            }
         };
         for (j, (o, scale)) in out.iter_mut().zip(&self.scale).enumerate() {
             *o = f32::from(at(j)) * scale;
@@ -143,8 +148,14 @@ impl Matrix {
                 // asserts above are what `vnni::product` asks for.
                 unsafe { vnni::product(&product, out) }
             }
+            #[cfg(target_arch = "x86_64")]
+            Packed::Amx(w) => {
+                let product = vnni::Product { x, k: self.k, w, sums: &[], scale: &self.scale, bias, f, step };
+                // SAFETY: as above: `isa()` saw that AMX works.
+                unsafe { amx::int8(&product, out) }
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Packed::Vnni(..) => unreachable!("this architecture has no such tier"),
+            Packed::Vnni(..) | Packed::Amx(_) => unreachable!("this architecture has no such tier"),
         }
     }
 }
@@ -197,7 +208,7 @@ mod tests {
         let bias: Vec<f32> = (0..n).map(|c| 100.0 - c as f32).collect();
         let x = padded(&q, rows, k);
         let x = Rows { q: &x, scale: &row_scale };
-        for isa in [Isa::Scalar, Isa::Avx512Vnni].into_iter().filter(|i| *i <= Isa::best()) {
+        for isa in [Isa::Scalar, Isa::Avx512Vnni, Isa::Amx].into_iter().filter(|i| *i <= Isa::best()) {
             let m = Matrix::for_isa(&w, scale.clone(), k, isa);
             let step = n + extra;
             let shape = format!("{isa:?} {rows}x{n}x{k}");
@@ -227,7 +238,8 @@ mod tests {
 
     #[test]
     fn the_product_is_the_exact_integer_one_on_every_tier() {
-        let shapes = [(1, 1, 1), (5, 7, 33), (9, 77, 384), (3, 2, 0), (0, 3, 4), (25, 33, 1003), (6, 0, 8)];
+        let shapes =
+            [(1, 1, 1), (5, 7, 33), (9, 77, 384), (3, 2, 0), (0, 3, 4), (25, 33, 1003), (6, 0, 8), (70, 49, 130)];
         for (rows, n, k) in shapes {
             check(rows, n, k, 0);
             check(rows, n, k, 5);

@@ -1,4 +1,4 @@
-//! The int8 product on AVX512-VNNI.
+//! The int8 product on AVX512-VNNI, and the epilogue that AMX shares.
 
 use crate::int8::{LANES, Rows, stride};
 use crate::math::{Activation, activate};
@@ -9,7 +9,7 @@ pub(crate) struct Product<'a> {
     pub x: Rows<'a>,
     pub k: usize,
     pub w: &'a [i8],
-    /// 128 * the sum of every row of w, whole panels.
+    /// 128 * the sum of every row of w, whole panels. Not read by AMX.
     pub sums: &'a [i32],
     pub scale: &'a [f32],
     pub bias: &'a [f32],
@@ -63,7 +63,7 @@ pub(crate) fn product(p: &Product, out: &mut [f32]) {
 #[allow(clippy::needless_range_loop)] // r and j name rows and panels of several arrays
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn block<const R: usize, const P: usize>(p: &Product, first: usize, panel: usize, out: &mut [f32]) {
-    let (n, from_row, size) = (p.scale.len(), stride(p.k), stride(p.k) * LANES);
+    let (from_row, size) = (stride(p.k), stride(p.k) * LANES);
     let mut acc = [[_mm512_setzero_si512(); P]; R];
     let flip = _mm512_set1_epi8(-128);
     let (x, w) = (&p.x.q[first * from_row..(first + R) * from_row], &p.w[panel * size..(panel + P) * size]);
@@ -84,29 +84,62 @@ fn block<const R: usize, const P: usize>(p: &Product, first: usize, panel: usize
         }
     }
     for j in 0..P {
-        let column = (panel + j) * LANES;
-        let live = LANES.min(n - column);
-        let mask = (u32::MAX >> (32 - live)) as __mmask16;
-        // SAFETY: `sums` holds whole panels; scale, bias and out are touched where the mask is set: `live` columns.
+        // SAFETY: `sums` holds whole panels; the rest is what `product` asks for.
         unsafe {
-            let sums = _mm512_loadu_si512(p.sums.as_ptr().add(column).cast());
-            let scale = _mm512_maskz_loadu_ps(mask, p.scale.as_ptr().add(column));
-            let bias = match p.bias {
-                [] => _mm512_setzero_ps(),
-                bias => _mm512_maskz_loadu_ps(mask, bias.as_ptr().add(column)),
-            };
+            let columns = p.columns(panel + j);
+            let sums = _mm512_loadu_si512(p.sums.as_ptr().add(columns.first).cast());
             for r in 0..R {
-                let exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][j], sums));
-                let scale = _mm512_mul_ps(_mm512_set1_ps(p.x.scale[first + r]), scale);
-                let mut y = _mm512_add_ps(_mm512_mul_ps(exact, scale), bias);
-                if p.f != Activation::Identity {
-                    let mut lanes = [0f32; LANES];
-                    _mm512_storeu_ps(lanes.as_mut_ptr(), y);
-                    activate(&mut lanes, p.f);
-                    y = _mm512_loadu_ps(lanes.as_ptr());
-                }
-                _mm512_mask_storeu_ps(out.as_mut_ptr().add((first + r) * p.step + column), mask, y);
+                p.finish(first + r, &columns, _mm512_sub_epi32(acc[r][j], sums), out);
             }
+        }
+    }
+}
+
+/// What all rows of a panel of the result share.
+pub(crate) struct Columns {
+    first: usize,
+    mask: __mmask16,
+    scale: __m512,
+    bias: __m512,
+}
+
+impl Product<'_> {
+    /// # Safety
+    /// The slices are as long as the sizes say, and the panel has a column.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) unsafe fn columns(&self, panel: usize) -> Columns {
+        let first = panel * LANES;
+        let mask = u16::MAX >> (LANES - LANES.min(self.scale.len() - first));
+        // SAFETY: scale and bias are read where the mask is set: columns that exist.
+        unsafe {
+            let scale = _mm512_maskz_loadu_ps(mask, self.scale.as_ptr().add(first));
+            let bias = match self.bias {
+                [] => _mm512_setzero_ps(),
+                bias => _mm512_maskz_loadu_ps(mask, bias.as_ptr().add(first)),
+            };
+            Columns { first, mask, scale, bias }
+        }
+    }
+
+    /// Stores f(sums * scales + bias) in a row.
+    ///
+    /// # Safety
+    /// As for [`Product::columns`].
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) unsafe fn finish(&self, row: usize, c: &Columns, sums: __m512i, out: &mut [f32]) {
+        let scale = _mm512_mul_ps(_mm512_set1_ps(self.x.scale[row]), c.scale);
+        let mut y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), c.bias);
+        // SAFETY: the lanes are 64 bytes; the row is touched where the mask is set.
+        unsafe {
+            if self.f != Activation::Identity {
+                let mut lanes = [0f32; LANES];
+                _mm512_storeu_ps(lanes.as_mut_ptr(), y);
+                activate(&mut lanes, self.f);
+                y = _mm512_loadu_ps(lanes.as_ptr());
+            }
+            _mm512_mask_storeu_ps(out.as_mut_ptr().add(row * self.step + c.first), c.mask, y);
         }
     }
 }

@@ -35,8 +35,7 @@ pub struct AdamW {
     pub v: Vec<Vec<f32>>,
     /// By row of the word table: the step up to which it is updated; empty where it is not trained.
     pub(crate) updated: Vec<u32>,
-    /// Rate and decay of every step so far.
-    pub(crate) history: Vec<[f32; 2]>,
+    idle: Idle,
 }
 
 const BETA1: f32 = 0.9;
@@ -60,7 +59,18 @@ impl AdamW {
             p.data.iter().zip(&p.trained).map(|(d, t)| vec![0.0; if *t { d.len() } else { 0 }]).collect()
         };
         let rows = if p.trained[p.id(Tensor::Word)] { p.spec.vocab } else { 0 };
-        AdamW { step: 0, m: zeros(), v: zeros(), updated: vec![0; rows], history: vec![] }
+        AdamW { step: 0, m: zeros(), v: zeros(), updated: vec![0; rows], idle: Idle::default() }
+    }
+
+    /// Rate and decay of every step so far.
+    pub(crate) fn history(&self) -> &[[f32; 2]] {
+        &self.idle.history
+    }
+
+    /// Goes on after these steps.
+    pub(crate) fn resume(&mut self, updated: Vec<u32>, history: &[[f32; 2]]) {
+        (self.step, self.updated, self.idle) = (history.len(), updated, Idle::default());
+        history.iter().for_each(|[rate, decay]| self.idle.push(*rate, *decay));
     }
 
     /// Brings the rows of the word table that a batch reads up to the present step.
@@ -69,12 +79,11 @@ impl AdamW {
             return;
         }
         let (word, width) = (p.id(Tensor::Word), p.spec.embedding());
-        let idle = Idle::new(&self.history);
         for id in ids.map(|id| *id as usize) {
             if (self.updated[id] as usize) < self.step {
                 let row = id * width..(id + 1) * width;
                 let [w, m, v] = [&mut p.data[word], &mut self.m[word], &mut self.v[word]];
-                idle.run(self.updated[id], &mut w[row.clone()], &mut m[row.clone()], &mut v[row]);
+                self.idle.run(self.updated[id], &mut w[row.clone()], &mut m[row.clone()], &mut v[row]);
                 self.updated[id] = self.step as u32;
             }
         }
@@ -89,10 +98,9 @@ impl AdamW {
         if self.updated.iter().any(|u| (*u as usize) < self.step) {
             let (word, width) = (p.id(Tensor::Word), p.spec.embedding());
             let [mut w, mut m, mut v] = [&p.data[word], &self.m[word], &self.v[word]].map(Clone::clone);
-            let idle = Idle::new(&self.history);
             let rows = w.chunks_mut(width).zip(m.chunks_mut(width)).zip(v.chunks_mut(width));
             for (((w, m), v), updated) in rows.zip(&self.updated) {
-                idle.run(*updated, w, m, v);
+                self.idle.run(*updated, w, m, v);
             }
             checkpoint.set(Tensor::Word, Stored::f32(w));
         }
@@ -117,7 +125,7 @@ impl AdamW {
 
     fn apply(&mut self, p: &mut Params, grads: &Grads, norm: f64, rates: Rates, threads: usize) {
         self.step += 1;
-        self.history.push([rates.body, rates.decay]);
+        self.idle.push(rates.body, rates.decay);
         let (correction1, correction2) = corrections(self.step);
         let scale = match rates.clip > 0.0 && norm > f64::from(rates.clip) {
             true => f64::from(rates.clip) / (norm + 1e-6),
@@ -167,9 +175,12 @@ impl AdamW {
 /// a row that never had a gradient has m = v = 0, and its steps are one product of the (1 - rate decay). And
 /// |m_hat| / sqrt(v_hat) shrinks by beta1 / sqrt(beta2) = 0.9005 a step: after [`LONG`] steps what m still moves w
 /// by is below 1e-10 rates in all, and only the decay is left.
+#[derive(Default)]
 struct Idle {
+    /// Rate and decay of every step.
+    history: Vec<[f32; 2]>,
     steps: Vec<optim::Idle>,
-    /// `products[t]`: of the (1 - rate decay) of the first t steps.
+    /// `products[t]`: of the (1 - rate decay) of the first t + 1 steps.
     products: Vec<f64>,
 }
 
@@ -177,15 +188,17 @@ struct Idle {
 const LONG: usize = 256;
 
 impl Idle {
-    fn new(history: &[[f32; 2]]) -> Idle {
-        let mut products = vec![1.0];
-        let steps = history.iter().enumerate().map(|(i, [rate, decay])| {
-            let (correction1, correction2) = corrections(i + 1);
-            let shrink = 1.0 - rate * decay;
-            products.push(products[i] * f64::from(shrink));
-            optim::Idle { shrink, step: rate / correction1, root: 1.0 / correction2.sqrt() }
-        });
-        Idle { steps: steps.collect(), products }
+    fn push(&mut self, rate: f32, decay: f32) {
+        self.history.push([rate, decay]);
+        let (correction1, correction2) = corrections(self.history.len());
+        let shrink = 1.0 - rate * decay;
+        self.steps.push(optim::Idle { shrink, step: rate / correction1, root: 1.0 / correction2.sqrt() });
+        self.products.push(self.product(self.products.len()) * f64::from(shrink));
+    }
+
+    /// Of the first `t` steps.
+    fn product(&self, t: usize) -> f64 {
+        if t == 0 { 1.0 } else { self.products[t - 1] }
     }
 
     fn run(&self, updated: u32, w: &mut [f32], m: &mut [f32], v: &mut [f32]) {
@@ -196,7 +209,7 @@ impl Idle {
         }
         let from = near.max(from);
         if from < to {
-            let product = (self.products[to] / self.products[from]) as f32;
+            let product = (self.product(to) / self.product(from)) as f32;
             let (decay1, decay2) = (BETA1.powi((to - from) as i32), BETA2.powi((to - from) as i32));
             w.iter_mut().for_each(|w| *w *= product);
             m.iter_mut().for_each(|m| *m *= decay1);

@@ -63,7 +63,7 @@ impl State<'_> {
         }
         // Rows of the word table wait for their steps: how long each has, and which those were.
         let updated: Vec<f32> = adamw.updated.iter().map(|u| *u as f32).collect();
-        for (name, data) in [(UPDATED, &updated[..]), (HISTORY, adamw.history.as_flattened())] {
+        for (name, data) in [(UPDATED, &updated[..]), (HISTORY, adamw.history().as_flattened())] {
             tensors.push((name.to_string(), Floats { data, shape: [data.len()] }));
         }
         let meta = HashMap::from([
@@ -121,11 +121,10 @@ impl State<'_> {
         if updated.iter().any(|u| !(0.0..=step as f32).contains(u)) {
             return Err(bad(format!("{UPDATED}: a row is ahead of step {step}")));
         }
-        adamw.updated = updated.iter().map(|u| *u as u32).collect();
-        adamw.history = vec![[0.0; 2]; step];
-        read(HISTORY, adamw.history.as_flattened_mut())?;
+        let mut history = vec![[0.0; 2]; step];
+        read(HISTORY, history.as_flattened_mut())?;
+        adamw.resume(updated.iter().map(|u| *u as u32).collect(), &history);
         p.repack(1);
-        adamw.step = step;
         Ok(true)
     }
 

@@ -27,6 +27,7 @@ use words::Words;
 
 pub use classifier::Classifier;
 pub use quetsch_kernels::isa::{Isa, isa};
+pub use quetsch_kernels::peak;
 
 /// A model packed for this machine; lives in RAM only.
 pub struct Model {
@@ -85,6 +86,12 @@ impl Model {
         let linears = spec.linears().into_iter().map(|(s, ..)| s).filter(single);
         let linears = linears.map(|s| Ok((s, pack(&[s])?))).collect::<Outcome<_, E>>()?;
         Ok(Model { spec: spec.clone(), words, position, token_type, norms, qkv, linears })
+    }
+
+    /// Bytes of memory that packed linears and LayerNorms take.
+    pub fn weight_bytes(&self) -> usize {
+        let norms: usize = self.norms.values().map(|(gamma, beta)| 4 * (gamma.len() + beta.len())).sum();
+        norms + self.qkv.iter().chain(self.linears.values()).map(Linear::bytes).sum::<usize>()
     }
 
     /// Bytes of memory that the embedding tables take now; rows of word embeddings come in as they are read.

@@ -361,7 +361,8 @@ fn loss_curve(dir: &Path) -> Vec<[f64; 2]> {
 pub fn measure(model: &Path, data: &Data, threads: usize) -> Result<Speed> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut command = Command::new(program);
-    command.arg("bench").arg("--model").arg(model).args(["--format", "json", "--quiet", "--samples", "300"]);
+    command.arg("bench").arg("--model").arg(model).args(["--format", "json", "--quiet"]);
+    command.args(["--samples", "300", "--seconds", "0.1"]);
     command.args(["--threads", &threads.to_string()]);
     if let Some(test) = &data.test {
         command.args(["--data", test]);

@@ -78,6 +78,16 @@ impl Linear {
         self.bias.len()
     }
 
+    /// Bytes of memory that weights and bias take.
+    pub fn bytes(&self) -> usize {
+        let one = |part: &Part| match &part.weight {
+            Weight::Dense(w) => 4 * w.len(),
+            Weight::Int8(matrix) | Weight::Mixed { matrix, .. } => matrix.bytes(),
+            Weight::FourBit(q) => q.bytes(),
+        };
+        4 * self.bias.len() + self.parts.iter().map(one).sum::<usize>()
+    }
+
     /// Whether it reads its input quantised to int8.
     pub fn reads_int8(&self) -> bool {
         self.parts.iter().any(|p| matches!(p.weight, Weight::Int8(_)))

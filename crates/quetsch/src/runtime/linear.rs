@@ -24,6 +24,8 @@ enum Weight {
     Dense(Vec<f32>),
     /// int8 rows; the input quantised by row at run time.
     Int8(int8::Matrix),
+    /// int8 rows; all inputs quantised with one absmax.
+    Static { matrix: int8::Matrix, absmax: f32 },
     /// LLM.int8(): as `Int8`, but columns with an outlier are multiplied in float, which needs the rows as stored.
     Mixed { matrix: int8::Matrix, rows: Int8Rows, threshold: f32 },
     /// 4-bit blocks, decoded a panel of rows at a time, and their bias: with [`Compute::Bf16`] the sum is rounded
@@ -77,6 +79,7 @@ impl Linear {
                     match q.input {
                         Int8Input::Float => float(),
                         Int8Input::Dynamic => Weight::Int8(matrix()),
+                        Int8Input::Static { absmax } => Weight::Static { matrix: matrix(), absmax },
                         Int8Input::Mixed { threshold } => {
                             Weight::Mixed { matrix: matrix(), rows: q.clone(), threshold }
                         }
@@ -112,10 +115,13 @@ impl Linear {
             let out = out.get_mut(part.offset..).unwrap_or_default();
             match &part.weight {
                 Weight::Dense(w) => matmul(size, x.values, w, out, stride),
-                Weight::Int8(w) => dynamic(x.values, x.rows, w, ws, out, stride),
+                Weight::Int8(w) => integer(x.values, x.rows, w, None, ws, out, stride),
+                Weight::Static { matrix, absmax } => {
+                    integer(x.values, x.rows, matrix, Some(*absmax), ws, out, stride);
+                }
                 Weight::Mixed { matrix, rows, threshold } => {
                     let outliers = take_outliers(x, *threshold);
-                    dynamic(&outliers.rest, x.rows, matrix, ws, out, stride);
+                    integer(&outliers.rest, x.rows, matrix, None, ws, out, stride);
                     outliers.add_to(rows, self.k, out, stride);
                 }
                 Weight::FourBit(w, bias) => panels(size, x.values, w, bias, ws, out, stride),
@@ -137,10 +143,22 @@ fn transposed(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Vec<f32> {
     out
 }
 
-/// Input rows quantised by their own absmax at run time.
-fn dynamic(values: &[f32], rows: usize, w: &int8::Matrix, ws: &mut Workspace, out: &mut [f32], stride: usize) {
+/// The integer product of input rows quantised by one absmax, or each by its own at run time.
+fn integer(
+    values: &[f32],
+    rows: usize,
+    w: &int8::Matrix,
+    absmax: Option<f32>,
+    ws: &mut Workspace,
+    out: &mut [f32],
+    stride: usize,
+) {
     let (mut q, mut scale) = (ws.bytes(rows * w.k()), ws.floats(rows));
-    int8::quantise(values, w.k(), &mut q[..rows * w.k()], &mut scale[..rows]);
+    let (some_q, some_scale) = (&mut q[..rows * w.k()], &mut scale[..rows]);
+    match absmax {
+        Some(absmax) => int8::quantise_static(values, w.k(), absmax, some_q, some_scale),
+        None => int8::quantise(values, w.k(), some_q, some_scale),
+    }
     w.multiply(&q, &scale[..rows], out, stride);
     ws.bytes.push(q);
     ws.floats.push(scale);

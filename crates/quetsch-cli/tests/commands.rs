@@ -48,6 +48,7 @@ fn help_names_the_commands_that_exist() {
     for command in [
         "demo",
         "run",
+        "search",
         "train",
         "distill",
         "prune",
@@ -65,7 +66,6 @@ fn help_names_the_commands_that_exist() {
     ] {
         assert!(help.contains(&format!("\n  {command} ")), "{command} is not in the help:\n{help}");
     }
-    assert!(!help.contains("search"), "there is no such command yet");
     assert!(Place::new().ok("completions bash").stdout.contains("quetsch"));
     assert!(Place::new().ok("man").stdout.contains(".TH"));
 }
@@ -270,4 +270,28 @@ fn a_pruned_vocabulary_gives_the_same_answers_on_what_it_was_pruned_for() {
     assert_eq!(rows("both"), rows("small"));
     let none = place.run("prune --model model --vocab train --epochs 0 --out o");
     assert!(none.code == 2 && none.stderr.contains("--train"), "{}", none.stderr);
+}
+
+#[test]
+fn a_student_learns_from_inside_its_teacher() {
+    let place = Place::new();
+    place.ok(
+        "distill --teacher model --train train.csv --layers 0,2 --epochs 2 --logits 0.1 --logits-loss l1 --hidden 0.5 \
+         --hidden-map 0:0,1:1+2 --embeddings 0.2 --attention 0.4 --attention-map 0:0,1:2 --relations 0.6 \
+         --relation-heads 2 --relations-of key,value --out a",
+    );
+    let report = json(&String::from_utf8_lossy(&place.read("a/report.json")));
+    let metrics = place.read("a/metrics.jsonl");
+    let first = json(String::from_utf8_lossy(&metrics).lines().next().expect("a line"));
+    let part = |key: &str| first[key].as_f64().expect("a number");
+    let weights = [("logits", 0.1), ("hidden", 0.5), ("embeddings", 0.2), ("attention", 0.4), ("relations", 0.6)];
+    let inside: f64 = weights.iter().map(|(key, w)| w * part(key)).sum();
+    assert!((part("loss") - 0.3 * part("ce") - 0.7 * part("kl") - inside).abs() < 1e-6, "{first}");
+    assert!(weights.iter().all(|(key, _)| report["epochs"][0][*key].as_f64() > Some(0.0)), "{report}");
+    place.ok(
+        "prune --model model --train train.csv --heads 1 --vocab train --epochs 1 --hidden 1 --attention 1 --out b",
+    );
+    place.ok("distill --teacher b --train train.csv --epochs 1 --out c");
+    let report = json(&String::from_utf8_lossy(&place.read("c/report.json")));
+    assert!(report["epochs"][0]["hidden"].is_null(), "what is no part is not reported: {report}");
 }

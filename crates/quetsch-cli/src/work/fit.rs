@@ -13,9 +13,10 @@ use quetsch::metrics::argmax;
 use quetsch::runtime::Model;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles};
 use quetsch_train::fit::Progress;
-use quetsch_train::{Dropout, Event, FitError, FitSettings, Objective, State, Stop, TrainSet, fit};
+use quetsch_train::{Dropout, Event, FitError, FitSettings, Losses, Objective, State, Stop, TrainSet, fit};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::ops::ControlFlow;
@@ -45,7 +46,9 @@ pub struct Epoch {
     epoch: usize,
     loss: f64,
     ce: f64,
-    kl: f64,
+    /// The teacher's parts.
+    #[serde(flatten)]
+    parts: BTreeMap<&'static str, f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     validation_accuracy: Option<f64>,
 }
@@ -112,6 +115,7 @@ impl Fit<'_> {
             fs::remove_dir_all(&best_dir).with_context(|| format!("cannot remove {}", best_dir.display()))?;
         }
         let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), resume)?;
+        ui.note(format!("{}: matrix products in {}", self.name, s.precision.here().name()));
         let set = TrainSet { encodings: &self.encoded.train, labels: &self.corpus.train.labels };
         let state = State { dir: &state_dir, every_steps: s.save_every, resume, key: self.key.to_string() };
         let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
@@ -149,7 +153,7 @@ impl Fit<'_> {
                             epoch,
                             loss: mean.total,
                             ce: mean.ce,
-                            kl: mean.kl,
+                            parts: present(&mean),
                             validation_accuracy: accuracy,
                         });
                         (last, enough) = (epoch, self.is_enough(epoch, &best_dir));
@@ -207,6 +211,7 @@ impl Fit<'_> {
             freeze: s.freeze.clone(),
             seed: s.seed.unwrap_or(42),
             threads: self.threads,
+            precision: s.precision.here(),
         }
     }
 
@@ -262,12 +267,18 @@ pub fn accuracy(ck: &Checkpoint, sentences: &[Encoding], truth: &[u32], threads:
     Ok(right as f64 / truth.len().max(1) as f64)
 }
 
+/// The parts of a loss beside the cross-entropy: the KL, and what else is there.
+fn present(losses: &Losses) -> BTreeMap<&'static str, f64> {
+    losses.parts().into_iter().filter(|(name, x)| *name == "kl" || *x != 0.0).collect()
+}
+
 /// How far training is, for the bar.
 fn describe(p: &Progress) -> String {
     let l = &p.losses;
-    let kl = if l.kl > 0.0 { format!(", kl {:.3}", l.kl) } else { String::new() };
+    let parts: String =
+        l.parts().iter().filter(|p| p.1 > 0.0).map(|(name, x)| format!(", {name} {x:.3}")).collect();
     format!(
-        "epoch {}/{}  loss {:.3} (ce {:.3}{kl})  lr {:.1e}  {:.0} sentences/s  {} left",
+        "epoch {}/{}  loss {:.3} (ce {:.3}{parts})  lr {:.1e}  {:.0} sentences/s  {} left",
         p.epoch,
         p.epochs,
         l.total,
@@ -294,15 +305,17 @@ impl Metrics {
     }
 
     fn write(&mut self, p: &Progress) -> Result<()> {
-        let line = json!({
+        let mut line = json!({
             "step": p.step,
             "epoch": p.epoch,
             "loss": p.losses.total,
             "ce": p.losses.ce,
-            "kl": p.losses.kl,
             "learning_rate": p.learning_rate,
             "gradient_norm": p.gradient_norm,
         });
+        for (name, x) in present(&p.losses) {
+            line[name] = x.into();
+        }
         // One write a line: what a killed run was at must be in the file when it goes on.
         let line = format!("{line}\n");
         self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))

@@ -1,6 +1,7 @@
 //! One row of the table of tensors <-> its entries in a safetensors file: plain floats, or the several entries that
 //! bitsandbytes keeps for an int8 or 4-bit weight.
 
+use super::rows::{RowType, Rows};
 use super::shards::{Entry, Shards};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::config::Config;
@@ -17,7 +18,7 @@ use std::collections::{HashMap, HashSet};
 pub struct Reader<'a> {
     shards: &'a Shards,
     config: &'a Config,
-    used: HashSet<String>,
+    used: &'a mut HashSet<String>,
     problems: Vec<String>,
 }
 
@@ -25,8 +26,9 @@ pub struct Reader<'a> {
 type Read<T> = std::result::Result<T, String>;
 
 impl<'a> Reader<'a> {
-    pub fn new(shards: &'a Shards, config: &'a Config) -> Reader<'a> {
-        Reader { shards, config, used: HashSet::new(), problems: vec![] }
+    /// `used` collects the entries that were asked for.
+    pub fn new(shards: &'a Shards, config: &'a Config, used: &'a mut HashSet<String>) -> Reader<'a> {
+        Reader { shards, config, used, problems: vec![] }
     }
 
     pub fn read(&mut self, def: &TensorDef) -> Option<Stored> {
@@ -43,6 +45,23 @@ impl<'a> Reader<'a> {
             },
         };
         read.map_err(|problem| self.problems.push(problem)).ok()
+    }
+
+    /// A table whose rows stay in the file; nothing for a type that is not stored in rows of bytes (4-bit).
+    pub fn rows(&mut self, def: &TensorDef) -> Option<Rows> {
+        let entry = self.take(&def.name)?;
+        let kind = match entry.dtype {
+            Dtype::F32 => RowType::Float(FloatType::F32),
+            Dtype::F16 => RowType::Float(FloatType::F16),
+            Dtype::BF16 => RowType::Float(FloatType::Bf16),
+            Dtype::I8 => RowType::Int8 { scb: self.int8_scales(def, entry).ok()?.0 },
+            _ => return None,
+        };
+        if matches!(kind, RowType::Float(_)) {
+            expect_shape(&def.name, &def.shape, &entry.shape).ok()?;
+        }
+        let (file, path, start) = self.shards.place(entry);
+        Some(Rows::new(file, path.to_owned(), start, def.shape[0], def.shape[1], kind))
     }
 
     /// Everything that was wrong, with the tensors that nobody asked for.
@@ -73,6 +92,13 @@ impl<'a> Reader<'a> {
     }
 
     fn int8(&mut self, def: &TensorDef, entry: &Entry) -> Read<Int8Rows> {
+        let (scb, input) = self.int8_scales(def, entry)?;
+        let values = self.shards.bytes(entry).iter().map(|&b| b as i8).collect();
+        Ok(Int8Rows { values, scb, input })
+    }
+
+    /// What stands beside the integers.
+    fn int8_scales(&mut self, def: &TensorDef, entry: &Entry) -> Read<(Vec<f32>, Int8Input)> {
         let module = def.name.trim_end_matches(".weight");
         let scb = self.f32s(&format!("{module}.SCB"), &def.shape[..1]);
         if let Some(format) = self.take(&format!("{module}.weight_format"))
@@ -95,12 +121,11 @@ impl<'a> Reader<'a> {
             }
             _ => Int8Input::Mixed { threshold },
         };
-        let values = self.shards.bytes(entry).iter().map(|&b| b as i8).collect();
         let scb = scb?;
         if let Some(row) = scb.iter().position(|s| *s < 0.0) {
             return Err(format!("{module}.SCB: row {row} is {}, expected 0 or more", scb[row]));
         }
-        Ok(Int8Rows { values, scb, input })
+        Ok((scb, input))
     }
 
     fn four_bit(&mut self, def: &TensorDef, entry: &Entry) -> Read<FourBit> {

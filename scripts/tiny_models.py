@@ -133,6 +133,7 @@ def tiny_bert(fixtures):
     centre(randomise(model, 2), model.classifier.bias, BertTokenizerFast(vocab_file=str(folder / "vocab.txt")))
     model.half().save_pretrained(folder, max_shard_size="36KB")
     assert len(list(folder.glob("*.safetensors"))) == 2
+    torch.save(model.float().state_dict(), fixtures / "tiny_bert_pytorch_model.bin")
     dump(fixtures / "tiny_bert_expected.json", {"max_length": MAX_LENGTH, "inputs": answers(folder)})
 
 

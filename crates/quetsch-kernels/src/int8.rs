@@ -48,6 +48,20 @@ kernel! {
     }
 }
 
+kernel! {
+    /// As [`quantise`] with one `absmax` known beforehand for all rows: what is larger is clipped to +-127.
+    pub fn quantise_static(x: &[f32], width: usize, absmax: f32, q: &mut [i8], scale: &mut [f32]) {
+        let inv = if absmax > TINY { 127.0 / absmax } else { 0.0 };
+        for (r, scale) in scale.iter_mut().enumerate() {
+            let (own, padding) = q[r * stride(width)..(r + 1) * stride(width)].split_at_mut(width);
+            let round = |x: f32| ((x * inv).clamp(-127.0, 127.0) + 12_582_912.0).to_bits() as i8;
+            x[r * width..(r + 1) * width].iter().zip(own).for_each(|(x, q)| *q = round(*x));
+            padding.fill(0);
+            *scale = if absmax > TINY { absmax / 127.0 } else { 0.0 };
+        }
+    }
+}
+
 /// Far below every activation, far above where 127 / x overflows.
 const TINY: f32 = 1e-30;
 
@@ -234,6 +248,25 @@ mod tests {
                 (0..n).for_each(|j| assert_eq!(column[j], f32::from(w[j * k + c]) * scale[j], "{shape}"));
             }
         }
+    }
+
+    #[test]
+    fn a_static_scale_clips_and_is_the_dynamic_one_when_it_is_the_absmax() {
+        let x: Vec<f32> = (0..5 * 37).map(|i| (i as f32 * 0.7).sin() * (1 + i / 37) as f32).collect();
+        for (width, row) in [37usize, 185].into_iter().zip([&x[..37], &x[..]]) {
+            let absmax = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+            let (mut a, mut scale, mut same) = (vec![9; stride(width)], [0.0], [0.0]);
+            let mut b = a.clone();
+            quantise(row, width, &mut a, &mut scale);
+            quantise_static(row, width, absmax, &mut b, &mut same);
+            assert_eq!((&a, scale), (&b, same), "{width}");
+        }
+        let (mut q, mut scale) = (vec![9; 2 * 64], [0.0; 2]);
+        quantise_static(&[0.0, 0.5, -0.5, 1.0, -1.0, 9.0, -9.0, 0.003], 4, 1.0, &mut q, &mut scale);
+        assert_eq!(q, padded(&[0, 64, -64, 127, -127, 127, -127, 0], 2, 4), "63.5 is a tie, to even");
+        assert_eq!(scale, [1.0 / 127.0; 2]);
+        quantise_static(&[3.0], 1, 0.0, &mut q[..64], &mut scale[..1]);
+        assert_eq!(scale[0], 0.0);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Every tensor is read by what is stored, never by a skip list. A wrong file gives one error with every missing,
 //! extra and wrong tensor in it.
 
+mod pickle;
 mod rows;
 mod shards;
 mod tensor;

@@ -1,6 +1,7 @@
 //! Quantised tensors and the schemes that make them. How to encode and decode is in `int8` and `four_bit`, both in
 //! the layout of bitsandbytes; *where* a scheme applies is an ordered list of (site pattern, scheme).
 
+pub mod calibrate;
 pub mod four_bit;
 pub mod int8;
 
@@ -10,6 +11,7 @@ pub use int8::{Int8Input, Int8Rows};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::error::{Error, Result};
 use crate::spec::{HeadSpec, Lin, ModelSpec, Role, Tensor, TensorDef};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -24,6 +26,8 @@ pub enum Scheme {
     Bf16,
     /// int8 rows, int8 per token at run time.
     Int8,
+    /// int8 rows, int8 inputs with a scale that calibration found.
+    Int8Static,
     /// int8 rows, decoded to float: weight-only linears, embedding tables.
     Int8Weight,
     /// int8 rows, LLM.int8(): input columns with an element >= threshold stay in float.
@@ -49,8 +53,8 @@ pub enum Scheme {
 
 impl Scheme {
     /// Every name that [`FromStr`] takes.
-    pub const NAMES: [&str; 9] =
-        ["f32", "f16", "bf16", "int8", "int8-dynamic", "int8-weight", "bnb-int8", "nf4", "fp4"];
+    pub const NAMES: [&str; 10] =
+        ["f32", "f16", "bf16", "int8", "int8-dynamic", "int8-static", "int8-weight", "bnb-int8", "nf4", "fp4"];
 
     /// The name, without its options.
     pub fn name(self) -> &'static str {
@@ -59,6 +63,7 @@ impl Scheme {
             Scheme::F16 => "f16",
             Scheme::Bf16 => "bf16",
             Scheme::Int8 => "int8",
+            Scheme::Int8Static => "int8-static",
             Scheme::Int8Weight => "int8-weight",
             Scheme::BnbInt8 { .. } => "bnb-int8",
             Scheme::Nf4 { .. } => "nf4",
@@ -74,6 +79,7 @@ impl Scheme {
             Stored::Float { dtype: FloatType::Bf16, .. } => Scheme::Bf16,
             Stored::Int8(q) => match q.input {
                 Int8Input::Dynamic => Scheme::Int8,
+                Int8Input::Static { .. } => Scheme::Int8Static,
                 Int8Input::Float => Scheme::Int8Weight,
                 Int8Input::Mixed { threshold } => Scheme::BnbInt8 { threshold },
             },
@@ -118,9 +124,7 @@ impl FromStr for Scheme {
             "nf4" => Scheme::Nf4 { double_quant, compute },
             "fp4" => Scheme::Fp4 { double_quant, compute },
             "int8-weight" => Scheme::Int8Weight,
-            "int8-static" => {
-                return Err(Error::invalid(format!("scheme {name} is planned but not built yet; int8 is")));
-            }
+            "int8-static" => Scheme::Int8Static,
             _ => {
                 let names = Scheme::NAMES.join(", ");
                 return Err(Error::invalid(format!("unknown scheme {name:?}, expected one of {names}")));
@@ -227,7 +231,7 @@ pub fn assign(
             (Role::Embedding, Some(Scheme::Fp4 { double_quant, .. })) => {
                 Some(Scheme::Fp4 { double_quant, compute: Compute::F32 })
             }
-            (Role::Embedding, Some(other @ Scheme::BnbInt8 { .. })) => {
+            (Role::Embedding, Some(other @ (Scheme::Int8Static | Scheme::BnbInt8 { .. }))) => {
                 let name = &def.name;
                 return Err(Error::invalid(format!(
                     "{name} is looked up, not multiplied: int8 instead of {other}"
@@ -245,16 +249,30 @@ pub fn assign(
 /// # Errors
 /// A pattern matches nothing, a weight is quantised already in another scheme, or a value does not fit into f16.
 pub fn quantise(ck: &Checkpoint, schemes: &[(String, Scheme)], keep: &[String]) -> Result<Checkpoint> {
+    quantise_calibrated(ck, schemes, keep, &BTreeMap::new())
+}
+
+/// As [`quantise`], with the absmax of the inputs of linears that are to be `int8-static` (see
+/// [`calibrate::observe`]).
+///
+/// # Errors
+/// As [`quantise`]; a static linear whose input was not seen.
+pub fn quantise_calibrated(
+    ck: &Checkpoint,
+    schemes: &[(String, Scheme)],
+    keep: &[String],
+    ranges: &BTreeMap<Lin, f32>,
+) -> Result<Checkpoint> {
     let mut out = ck.clone();
     for (def, scheme) in assign(&ck.spec, schemes, keep)? {
         if let Some(scheme) = scheme.filter(|s| Scheme::of(ck.get(def.tensor)) != *s) {
-            out.set(def.tensor, store(ck, &def, scheme)?);
+            out.set(def.tensor, store(ck, &def, scheme, ranges)?);
         }
     }
     Ok(out)
 }
 
-fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme) -> Result<Stored> {
+fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme, ranges: &BTreeMap<Lin, f32>) -> Result<Stored> {
     let old = ck.get(def.tensor);
     if scheme.float().is_none() && !matches!(old, Stored::Float { .. }) {
         return Err(Error::invalid(format!(
@@ -265,7 +283,10 @@ fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme) -> Result<Stored> {
     }
     let source = if let Stored::Float { dtype, .. } = old { *dtype } else { FloatType::F32 };
     let values = ck.values(def.tensor);
-    let through_f16 = matches!(scheme, Scheme::F16 | Scheme::Int8 | Scheme::Int8Weight | Scheme::BnbInt8 { .. });
+    let through_f16 = matches!(
+        scheme,
+        Scheme::F16 | Scheme::Int8 | Scheme::Int8Static | Scheme::Int8Weight | Scheme::BnbInt8 { .. }
+    );
     if through_f16 && let Some(i) = values.iter().position(|v| !FloatType::F16.round(*v).is_finite()) {
         return Err(Error::invalid(format!(
             "{}: element {i} is {}, too large for {scheme}, which goes through f16 (at most 65504); use bf16",
@@ -283,6 +304,12 @@ fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme) -> Result<Stored> {
         Scheme::F16 => dense(FloatType::F16),
         Scheme::Bf16 => dense(FloatType::Bf16),
         Scheme::Int8 => int8(Int8Input::Dynamic),
+        Scheme::Int8Static => match def.tensor {
+            // The unused pooler has no input at all.
+            Tensor::W(Lin::UnusedPooler) => int8(Int8Input::Static { absmax: 0.0 }),
+            Tensor::W(lin) if let Some(&absmax) = ranges.get(&lin) => int8(Int8Input::Static { absmax }),
+            _ => return Err(Error::invalid(format!("{}: {scheme} needs calibration sentences", def.name))),
+        },
         Scheme::Int8Weight => int8(Int8Input::Float),
         Scheme::BnbInt8 { threshold } => int8(Int8Input::Mixed { threshold }),
         Scheme::Nf4 { double_quant, compute } => four_bit(FourBitKind::Nf4, double_quant, compute),

@@ -215,6 +215,13 @@ impl Workspace {
         x
     }
 
+    fn quantise_static(&mut self, values: &[f32], rows: usize, k: usize, absmax: f32) -> Int8 {
+        let mut x = self.int8(rows, k);
+        let (q, scale) = x.parts();
+        int8::quantise_static(values, k, absmax, q, scale);
+        x
+    }
+
     fn free(&mut self, x: Int8) {
         self.bytes.push(x.q);
         self.floats.push(x.scale);

@@ -349,6 +349,88 @@ fn a_number_that_is_none_is_named() {
     }
 }
 
+/// What torch 2.15 saved of `tiny_bert`'s state dict, in f32: the same values.
+#[test]
+fn old_pytorch_files_are_read_as_safetensors_are() {
+    let temporary = tempfile::tempdir().unwrap();
+    let here = temporary.path();
+    fs::copy(fixture("tiny_bert/config.json"), here.join("config.json")).unwrap();
+    fs::copy(fixture("tiny_bert_pytorch_model.bin"), here.join("pytorch_model.bin")).unwrap();
+    let (old, new) = (dir::read_checkpoint(here).unwrap(), dir::read_checkpoint(fixture("tiny_bert")).unwrap());
+    assert_eq!(old.spec, new.spec);
+    for def in new.spec.tensors() {
+        assert!(old.values(def.tensor) == new.values(def.tensor), "{}", def.name);
+    }
+}
+
+/// Entries of quantised tensors that do not fit together: each is an error that names the entry, none a panic.
+#[test]
+fn hostile_quantised_entries_are_named() {
+    let temporary = tempfile::tempdir().unwrap();
+    let here = temporary.path();
+    const WEIGHT: &str = "backbone.encoder.layer.0.intermediate.dense.weight";
+    let state = format!("{WEIGHT}.quant_state.bitsandbytes__nf4");
+    let json = |from: &str, to: &str| (state.clone(), Edit::Text(from.into(), to.into()));
+    let floats = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    let table = [
+        ("nf4", json("{", "["), "quant_state"),
+        ("nf4", json("\"blocksize\": 64", "\"blocksize\": 0"), "blocksize is 0"),
+        ("nf4", json("\"blocksize\": 64", "\"blocksize\": 32"), "absmax: expected shape"),
+        ("nf4", json("\"blocksize\": 64", "\"blocksize\": -1"), "quant_state"),
+        ("nf4", json("float32\", \"shape", "float8\", \"shape"), "dtype"),
+        ("nf4", json("\"quant_type\": \"nf4\"", "\"quant_type\": \"int4\""), "quant_type"),
+        ("nf4", json("\"nested_blocksize\": 256", "\"nested_blocksize\": 0"), "nested_blocksize"),
+        ("nf4", json("\"nested_offset\": ", "\"nested_offset\": 1e999, \"x\": "), "quant_state"),
+        ("nf4", (format!("{WEIGHT}.absmax"), Edit::Bytes(vec![5])), "absmax: expected shape"),
+        (
+            "nf4",
+            (format!("{WEIGHT}.nested_absmax"), Edit::Bytes(floats(&[f32::NAN]))),
+            "nested_absmax: element 0 is NaN",
+        ),
+        ("nf4", (WEIGHT.to_owned(), Edit::Bytes(vec![0; 3])), "packed bytes"),
+        ("int8", (SCB.to_owned(), Edit::First(f32::NAN)), "element 0 is NaN"),
+        ("int8", (SCB.to_owned(), Edit::First(-1.0)), "row 0 is -1"),
+        ("int8", (SCB.to_owned(), Edit::Bytes(floats(&[1.0]))), "SCB: expected shape"),
+    ];
+    const SCB: &str = "backbone.encoder.layer.0.intermediate.dense.SCB";
+    enum Edit {
+        Text(String, String),
+        Bytes(Vec<u8>),
+        First(f32),
+    }
+    for (scheme, (name, edit), expected) in table {
+        let folder = fixture(&format!("bnb/{scheme}"));
+        fs::copy(folder.join("config.json"), here.join("config.json")).unwrap();
+        let file = fs::read(folder.join("model.safetensors")).unwrap();
+        let read = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let tensors = read.iter().map(|(n, t)| (n.to_owned(), t.dtype(), t.shape().to_vec(), t.data().to_vec()));
+        let tensors = tensors.map(|(n, dtype, shape, data)| {
+            if n != name {
+                return (n, dtype, shape, data);
+            }
+            let data = match &edit {
+                Edit::Text(from, to) => {
+                    let text = String::from_utf8(data).unwrap();
+                    assert!(text.contains(from.as_str()), "{text} has no {from}");
+                    text.replacen(from.as_str(), to, 1).into_bytes()
+                }
+                Edit::Bytes(bytes) => bytes.clone(),
+                Edit::First(x) => [&x.to_le_bytes()[..], &data[4..]].concat(),
+            };
+            let width = dtype.bitsize() / 8;
+            let shape = if shape.len() > 1 { vec![data.len() / width, 1] } else { vec![data.len() / width] };
+            (n, dtype, shape, data)
+        });
+        let tensors: Vec<_> = tensors.collect();
+        let views = tensors.iter().map(|(n, dtype, shape, data)| {
+            (n.as_str(), safetensors::tensor::TensorView::new(*dtype, shape.clone(), data).unwrap())
+        });
+        fs::write(here.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+        let error = dir::read_checkpoint(here).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("intermediate.dense"), "{error}, expected {expected}");
+    }
+}
+
 #[test]
 fn missing_files_are_named() {
     let temporary = tempfile::tempdir().unwrap();

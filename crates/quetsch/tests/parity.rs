@@ -7,9 +7,10 @@ use quetsch::dir;
 use quetsch::head::{HeadKind, with_head};
 use quetsch::metrics::top_k;
 use quetsch::prune;
+use quetsch::quant::calibrate::{self, Observer};
 use quetsch::quant::{self, Compute, FourBit, Int8Input, Int8Rows};
 use quetsch::runtime::Classifier;
-use quetsch::spec::Tensor;
+use quetsch::spec::{Lin, Tensor};
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -178,6 +179,36 @@ fn weight_only_int8_is_its_decoded_values() {
         Classifier::new(&model, Some(16)).unwrap().logits(&texts, 1).unwrap()
     };
     assert_eq!(logits(checkpoint), logits(decoded));
+}
+
+/// Static int8: near float, the file keeps every scale, and equalising before it changes not a bit in float.
+#[test]
+fn static_int8_is_near_float_and_equalising_is_exact() {
+    let student = dir::read(fixture("tiny_student")).unwrap();
+    let (texts, ..) = cases(&json("tiny_student_expected.json"));
+    let with = |checkpoint| dir::ModelDir { checkpoint, tokenizer: student.tokenizer.clone() };
+    let logits = |model: &dir::ModelDir| Classifier::new(model, Some(16)).unwrap().logits(&texts, 1).unwrap();
+    let float = logits(&student);
+    let sentences = Classifier::new(&student, Some(16)).unwrap().encode(&texts, 1).unwrap();
+    let ck = &student.checkpoint;
+    let seen = calibrate::observe(ck, &sentences).unwrap();
+    let even = calibrate::equalise(ck, &seen).unwrap();
+    let moved = |t| even.values(t) != ck.values(t);
+    assert!(moved(Tensor::W(Lin::Value(0))) && moved(Tensor::B(Lin::Value(0))) && moved(Tensor::W(Lin::Out(0))));
+    assert_eq!(logits(&with(even)), float);
+    let rules = [("*".to_owned(), "int8-static".parse().unwrap())];
+    for (observer, _) in Observer::ALL {
+        let ranges = seen.iter().map(|(lin, s)| (*lin, s.absmax(observer))).collect();
+        let static_ = with(quant::quantise_calibrated(ck, &rules, &[], &ranges).unwrap());
+        let far = worst(&logits(&static_), &float);
+        // Weights are random: one scale for all inputs is coarser than one per token, and clipping coarser still.
+        assert!(far > 1e-4 && far < 3.0, "{observer}: {far}");
+        let temporary = tempfile::tempdir().unwrap();
+        let out = temporary.path().join("static");
+        dir::write(&out, &static_, false).unwrap();
+        let read = dir::read(&out).unwrap();
+        assert!(read.checkpoint.tensors().zip(static_.checkpoint.tensors()).all(|(a, b)| a == b), "{observer}");
+    }
 }
 
 /// The integer path is the dequantised one up to the rounding of the activations.

@@ -3,9 +3,9 @@
 use crate::recipe::{self, Kind, Recipe};
 use crate::ui::{self, Ui, mb};
 use crate::work::gate::Gate;
-use crate::work::make;
 use crate::work::pipeline::{self, Options};
 use crate::work::provenance::Provenance;
+use crate::work::quantize;
 use anyhow::Result;
 use clap::Args;
 use quetsch::dir;
@@ -164,12 +164,14 @@ pub fn expected(kind: &Kind, mut spec: ModelSpec) -> ModelSpec {
 /// Bytes of the tensors; a rule that fits nowhere is for the stage itself to complain about.
 fn expected_bytes(kind: &Kind, spec: &ModelSpec) -> u64 {
     let assigned = match kind {
-        Kind::Quantize(s) => make::rules(s).and_then(|r| Ok(quant::assign(spec, &r, &make::kept(s, spec))?)).ok(),
+        Kind::Quantize(s) => {
+            quantize::rules(s).and_then(|r| Ok(quant::assign(spec, &r, &quantize::kept(s, spec))?)).ok()
+        }
         _ => None,
     };
     let bits = |scheme: Option<Scheme>| match scheme {
         Some(Scheme::F16 | Scheme::Bf16) => 16,
-        Some(Scheme::Int8 | Scheme::Int8Weight | Scheme::BnbInt8 { .. }) => 8,
+        Some(Scheme::Int8 | Scheme::Int8Static | Scheme::Int8Weight | Scheme::BnbInt8 { .. }) => 8,
         Some(Scheme::Nf4 { .. } | Scheme::Fp4 { .. }) => 4,
         Some(Scheme::F32) | None => 32,
     };

@@ -3,9 +3,9 @@
 use super::corpus::{self, Training as Corpus};
 use super::fit::{self, Encoded, Fit, Trained};
 use super::teacher::{Inside, soft};
-use super::{Job, Made, round};
+use super::{Job, Made, quantize, round};
 use crate::recipe::Kind;
-use crate::settings::{self, ComputeType, Data, Distill, Head, Prune, Quantize, Score, Train, Training, Vocab};
+use crate::settings::{self, Data, Distill, Head, Prune, Score, Train, Training, Vocab};
 use crate::ui::{Ui, percent};
 use crate::values::{Amount, Place};
 use anyhow::{Context, Result, bail};
@@ -15,9 +15,7 @@ use quetsch::checkpoint::Checkpoint;
 use quetsch::dir::{self, ModelDir};
 use quetsch::head::{HeadKind, with_head};
 use quetsch::prune::{self, Budget, Cut, Magnitude, Plan, Scope, Scores};
-use quetsch::quant::{self, Compute, Scheme};
 use quetsch::runtime::Model;
-use quetsch::spec::ModelSpec;
 use quetsch::tokenizer::Tokenizer;
 use quetsch::vocab;
 use quetsch_train::scores::{Sample, ffn_scores, head_scores};
@@ -32,12 +30,12 @@ pub fn make(job: &Job, key: &str, ui: &Ui) -> Result<Made> {
         Kind::Train(s) => train(job, s, key, ui),
         Kind::Distill(s) => distill(job, s, key, ui),
         Kind::Prune(s) => prune(job, s, key, ui),
-        Kind::Quantize(s) => quantize(job, s, ui),
+        Kind::Quantize(s) => quantize::quantize(job, s, ui),
         Kind::Eval(_) | Kind::Compare(_) => bail!("{} makes no model", job.kind.name()),
     }
 }
 
-fn read_model(path: &Path, ui: &Ui) -> Result<ModelDir> {
+pub(super) fn read_model(path: &Path, ui: &Ui) -> Result<ModelDir> {
     let model = dir::read(path)?;
     for warning in &model.checkpoint.warnings {
         ui.warn(format!("{}: {warning}", path.display()));
@@ -268,67 +266,6 @@ fn simple<L>(amount: &Amount) -> prune::Amount<L> {
         Amount::Count(n) if *n > 0 => prune::Amount::Count(*n),
         _ => prune::Amount::Nothing,
     }
-}
-
-/// The patterns of what stays in float: the default ones, unless `none` is given, and those given.
-pub fn kept(s: &Quantize, spec: &ModelSpec) -> Vec<String> {
-    let none = s.keep.iter().any(|k| k == "none");
-    let default = if none { vec![] } else { quant::default_keep(spec) };
-    default.into_iter().chain(s.keep.iter().filter(|k| *k != "none").cloned()).collect()
-}
-
-fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
-    let model = read_model(job.input("model")?, ui)?;
-    let rules = rules(s)?;
-    let keep = kept(s, &model.checkpoint.spec);
-    let checkpoint = quant::quantise(&model.checkpoint, &rules, &keep)?;
-    let sites: Map<String, Value> = checkpoint
-        .spec
-        .linears()
-        .into_iter()
-        .map(|(lin, ..)| {
-            let scheme = Scheme::of(checkpoint.get(quetsch::spec::Tensor::W(lin)));
-            (quant::site(&checkpoint.spec, lin), json!(scheme.name()))
-        })
-        .collect();
-    let floats = sites.iter().filter(|(_, s)| matches!(s.as_str(), Some("f32" | "f16" | "bf16")));
-    let kept: Vec<_> = floats.map(|(site, _)| site.clone()).collect();
-    let name = &s.quant;
-    let words = Scheme::of(checkpoint.get(quetsch::spec::Tensor::Word)).name();
-    ui.note(format!(
-        "{}: {} of {} linears in {name}; in float: {}; word embeddings in {words}",
-        job.id,
-        sites.len() - kept.len(),
-        sites.len(),
-        if kept.is_empty() { "none".into() } else { kept.join(", ") }
-    ));
-    let report = Map::from_iter([
-        ("quant".to_string(), json!(name)),
-        ("embeddings".to_string(), json!(words)),
-        ("sites".to_string(), Value::Object(sites)),
-    ]);
-    Ok(Made { checkpoint, tokenizer: model.tokenizer, report, files: vec![] })
-}
-
-/// The schemes by site pattern, in the order in which they hold.
-pub fn rules(s: &Quantize) -> Result<Vec<(String, Scheme)>> {
-    let compute = match s.compute {
-        ComputeType::Bf16 => Compute::Bf16,
-        ComputeType::F32 => Compute::F32,
-    };
-    let double_quant = !s.no_double_quant;
-    let scheme = |name: &str| -> Result<Scheme> {
-        Ok(match name.parse()? {
-            Scheme::Nf4 { .. } => Scheme::Nf4 { double_quant, compute },
-            Scheme::Fp4 { .. } => Scheme::Fp4 { double_quant, compute },
-            other => other,
-        })
-    };
-    let mut rules = vec![("*".to_string(), scheme(&s.quant)?)];
-    for rule in &s.site {
-        rules.push((rule.site.clone(), scheme(&rule.scheme)?));
-    }
-    Ok(rules)
 }
 
 /// A stage that trains, with its data.

@@ -11,6 +11,7 @@ pub mod pareto;
 pub mod parts;
 pub mod pipeline;
 pub mod provenance;
+pub mod quantize;
 pub mod report;
 pub mod search;
 mod teacher;
@@ -89,8 +90,12 @@ impl Job<'_> {
         for (role, path) in &self.inputs {
             inputs.insert(role.to_string(), corpus::hash_model(path)?);
         }
-        let trains = matches!(self.kind, Kind::Train(_) | Kind::Distill(_) | Kind::Prune(_));
-        if let Some(file) = self.data.train.as_ref().filter(|_| trains) {
+        let reads = match self.kind {
+            Kind::Train(_) | Kind::Distill(_) | Kind::Prune(_) => true,
+            Kind::Quantize(s) => s.needs_data(),
+            _ => false,
+        };
+        if let Some(file) = self.data.train.as_ref().filter(|_| reads) {
             inputs.insert("train".into(), corpus::hash_file(file.as_ref())?);
             let reading = (&self.data.text_col, &self.data.label_col, self.data.validation, self.seed);
             inputs.insert("reading".into(), corpus::hash_of(&[&format!("{reading:?}")]));

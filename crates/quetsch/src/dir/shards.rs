@@ -1,5 +1,6 @@
-//! The safetensors files of a model directory, memory-mapped, as one table of named tensors.
+//! The files with a model directory's weights, memory-mapped, as one table of named tensors.
 
+use super::pickle;
 use crate::config::Shapes;
 use crate::error::{Error, Result};
 use memmap2::Mmap;
@@ -21,7 +22,7 @@ pub struct Entry {
     range: Range<usize>,
 }
 
-/// All safetensors files of a folder. They are opened once: a file that is replaced by another of its name (written
+/// All weights of a folder. The files are opened once: one that is replaced by another of its name (written
 /// beside it and renamed) is still the old one here.
 pub struct Shards {
     files: Vec<(Arc<File>, PathBuf)>,
@@ -30,6 +31,8 @@ pub struct Shards {
 }
 
 const INDEX: &str = "model.safetensors.index.json";
+const PICKLE: &str = "pytorch_model.bin";
+const PICKLE_INDEX: &str = "pytorch_model.bin.index.json";
 
 #[derive(Deserialize)]
 struct Index {
@@ -62,7 +65,13 @@ impl Shards {
         // written whole and renamed into place, never changed where they stand.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
-        let found = header(&map).map_err(|message| Error::file(&path, message))?;
+        let is_pickle = path.extension().is_some_and(|e| e == "bin");
+        let found = match is_pickle {
+            true if !map.starts_with(b"PK") => Err(convert(path.parent().unwrap_or(&path))),
+            true => pickle::tensors(&map),
+            false => header(&map),
+        };
+        let found = found.map_err(|message| Error::file(&path, message))?;
         for (name, dtype, shape, range) in found {
             let name = rename(&name);
             let entry = Entry { dtype, shape, shard: self.maps.len(), range };
@@ -109,6 +118,16 @@ impl Shards {
     }
 }
 
+/// What to do with a file that `torch.save` wrote before version 1.6.
+fn convert(dir: &Path) -> String {
+    let place = dir.display();
+    format!(
+        "no zip archive as torch.save writes it since version 1.6; convert once with: python3 -c \"from transformers \
+         import AutoModelForSequenceClassification as M; M.from_pretrained('{place}').save_pretrained('{place}')\" \
+         (AutoModel for a bare encoder)"
+    )
+}
+
 /// LayerNorm's names in very old files.
 fn rename(name: &str) -> String {
     match name.strip_suffix("LayerNorm.gamma") {
@@ -120,42 +139,38 @@ fn rename(name: &str) -> String {
     }
 }
 
-/// The safetensors files of a folder, and the index if there is one.
+/// The files with the weights of a folder, and the index if there is one. safetensors come first; old repositories have
+/// pickles only.
 fn find(dir: &Path) -> Result<(Vec<PathBuf>, Index)> {
-    let single = dir.join(super::WEIGHTS);
-    if single.exists() {
-        return Ok((vec![single], Index { weight_map: BTreeMap::new() }));
-    }
-    let index = dir.join(INDEX);
-    if index.exists() {
-        let json = std::fs::read(&index).map_err(Error::io(&index))?;
-        let parsed: Index =
-            serde_json::from_slice(&json).map_err(|e| Error::file(&index, format!("not a shard index: {e}")))?;
-        let files: BTreeSet<&String> = parsed.weight_map.values().collect();
-        if let Some(outside) = files.iter().find(|f| Path::new(f).file_name() != Some(f.as_ref())) {
-            return Err(Error::file(&index, format!("shard {outside:?} is not a plain file name")));
+    for (single, index) in [(super::WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)] {
+        let single = dir.join(single);
+        if single.exists() {
+            return Ok((vec![single], Index { weight_map: BTreeMap::new() }));
         }
-        if files.is_empty() {
-            return Err(Error::file(&index, "weight_map is empty"));
+        let index = dir.join(index);
+        if index.exists() {
+            return listed(dir, &index);
         }
-        return Ok((files.into_iter().map(|f| dir.join(f)).collect(), parsed));
     }
-    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
-    if let Some(old) = pickled.into_iter().find(|f| dir.join(f).exists()) {
-        let place = dir.display();
-        return Err(Error::file(
-            dir.join(old),
-            format!(
-                "pickled weights are not read, because a pickle can run code; convert once with: python3 -c \"from \
-                 transformers import AutoModelForSequenceClassification as M; \
-                 M.from_pretrained('{place}').save_pretrained('{place}')\" (AutoModel for a bare encoder)"
-            ),
-        ));
-    }
-    Err(Error::file(dir, format!("no weights found; looked for {}, {INDEX}", super::WEIGHTS)))
+    let looked = [super::WEIGHTS, INDEX, PICKLE, PICKLE_INDEX].join(", ");
+    Err(Error::file(dir, format!("no weights found; looked for {looked}")))
 }
 
-type Found = Vec<(String, Dtype, Vec<usize>, Range<usize>)>;
+fn listed(dir: &Path, index: &Path) -> Result<(Vec<PathBuf>, Index)> {
+    let json = std::fs::read(index).map_err(Error::io(index))?;
+    let parsed: Index =
+        serde_json::from_slice(&json).map_err(|e| Error::file(index, format!("not a shard index: {e}")))?;
+    let files: BTreeSet<&String> = parsed.weight_map.values().collect();
+    if let Some(outside) = files.iter().find(|f| Path::new(f).file_name() != Some(f.as_ref())) {
+        return Err(Error::file(index, format!("shard {outside:?} is not a plain file name")));
+    }
+    if files.is_empty() {
+        return Err(Error::file(index, "weight_map is empty"));
+    }
+    Ok((files.into_iter().map(|f| dir.join(f)).collect(), parsed))
+}
+
+pub(super) type Found = Vec<(String, Dtype, Vec<usize>, Range<usize>)>;
 
 /// Name, type, shape and byte range of every tensor of a safetensors file. Nothing is allocated on the word of the
 /// file: lengths are compared with the file's own first.

@@ -112,9 +112,20 @@ impl<'a> Reader<'a> {
             _ if def.role == Role::Embedding => Int8Input::Float,
             Some(Scheme::Int8) => Int8Input::Dynamic,
             Some(Scheme::Int8Weight) => Int8Input::Float,
+            Some(Scheme::Int8Static) => {
+                let name = format!("{module}.{INPUT_ABSMAX}");
+                match self.f32s(&name, &[1])?[0] {
+                    absmax if absmax >= 0.0 => Int8Input::Static { absmax },
+                    negative => return Err(format!("{name}: is {negative}, expected 0 or more")),
+                }
+            }
             _ => Int8Input::Mixed { threshold },
         };
-        Ok((scb?, input))
+        let scb = scb?;
+        if let Some(row) = scb.iter().position(|s| *s < 0.0) {
+            return Err(format!("{module}.SCB: row {row} is {}, expected 0 or more", scb[row]));
+        }
+        Ok((scb, input))
     }
 
     fn four_bit(&mut self, def: &TensorDef, entry: &Entry) -> Read<FourBit> {
@@ -216,6 +227,9 @@ const PRETRAINING: [&str; 8] = [
 fn foreign(name: &str) -> bool {
     name.ends_with("position_ids") || PRETRAINING.iter().any(|p| name.starts_with(p))
 }
+
+/// Our own entry beside a static int8 weight: the input's absmax, not divided by 127, as SCB is.
+const INPUT_ABSMAX: &str = "input_absmax";
 
 /// The shape in the file of an int8 tensor. Embedding tables are one column, as all 4-bit tensors are: a loader that
 /// knows only float tables stops at the shape, where the true one would let it read codes as if they were weights.
@@ -375,6 +389,9 @@ pub fn serialize(ck: &Checkpoint) -> Result<Vec<u8>> {
                 let module = name.trim_end_matches(".weight");
                 rows.push((format!("{module}.SCB"), f32_row(&q.scb)));
                 rows.push((format!("{module}.weight_format"), u8_row(vec![], vec![0])));
+                if let Int8Input::Static { absmax } = &q.input {
+                    rows.push((format!("{module}.{INPUT_ABSMAX}"), f32_row(std::slice::from_ref(absmax))));
+                }
                 rows.push((name, Row { dtype: Dtype::I8, shape: int8_shape, data: Payload::Int8(&q.values) }));
             }
             Stored::FourBit(q) => {

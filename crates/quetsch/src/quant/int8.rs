@@ -13,6 +13,11 @@ pub enum Int8Input {
     Dynamic,
     /// Nothing: the weight is decoded to float (scheme `int8-weight`). So are the rows of an embedding table.
     Float,
+    /// int8 with one absmax for all inputs, found by calibration; what is larger is clipped (scheme `int8-static`).
+    Static {
+        /// The magnitude that becomes 127.
+        absmax: f32,
+    },
     /// LLM.int8(): as `Dynamic`, but columns with an element >= threshold are computed in float (scheme `bnb-int8`).
     Mixed {
         /// Outlier threshold, 6.0 in bitsandbytes; 0 turns outliers off.

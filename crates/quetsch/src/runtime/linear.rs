@@ -26,6 +26,8 @@ enum Weight {
     Dense(Vec<f32>),
     /// int8 rows; the input quantised by row at run time.
     Int8(int8::Matrix),
+    /// int8 rows; all inputs quantised with one absmax.
+    Static { matrix: int8::Matrix, absmax: f32 },
     /// LLM.int8(): as `Int8`, but columns with an outlier are multiplied in float.
     Mixed { matrix: int8::Matrix, threshold: f32 },
     /// 4-bit blocks, decoded a panel of rows at a time.
@@ -61,6 +63,7 @@ impl Linear {
                 Stored::Int8(q) => match q.input {
                     Int8Input::Float => Weight::Dense(transposed(ck, group, k, n)),
                     Int8Input::Dynamic => Weight::Int8(int8_matrix(ck, group, k)),
+                    Int8Input::Static { absmax } => Weight::Static { matrix: int8_matrix(ck, group, k), absmax },
                     Int8Input::Mixed { threshold } => {
                         Weight::Mixed { matrix: int8_matrix(ck, group, k), threshold }
                     }
@@ -110,6 +113,11 @@ impl Linear {
                     Some(x) => w.multiply(x, bias, f, out, step),
                     None => dynamic(x.values, x.rows, w, bias, f, ws, out, step),
                 },
+                Weight::Static { matrix, absmax } => {
+                    let x = ws.quantise_static(x.values, x.rows, self.k, *absmax);
+                    matrix.multiply(x.rows(), bias, f, out, step);
+                    ws.free(x);
+                }
                 Weight::Mixed { matrix, threshold } => {
                     let outliers = take_outliers(x, *threshold);
                     dynamic(&outliers.rest, x.rows, matrix, &[], Activation::Identity, ws, out, step);

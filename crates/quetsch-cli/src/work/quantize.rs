@@ -1,0 +1,226 @@
+//! Stage quantize: which tensor gets which scheme, calibration, and how much every linear minds.
+
+use super::corpus::{self, Training as Corpus};
+use super::{Job, Made, fit, make, round};
+use crate::exit::usage;
+use crate::settings::{ComputeType, Quantize};
+use crate::ui::{Ui, percent};
+use anyhow::Result;
+use quetsch::batch::Encoding;
+use quetsch::checkpoint::Checkpoint;
+use quetsch::metrics;
+use quetsch::quant::calibrate::{self, Seen};
+use quetsch::quant::{self, Compute, Scheme};
+use quetsch::runtime::Model;
+use quetsch::spec::{Lin, ModelSpec, Role, Tensor};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+
+/// The patterns of what stays in float: the default ones, unless `none` is given, and those given.
+pub fn kept(s: &Quantize, spec: &ModelSpec) -> Vec<String> {
+    let none = s.keep.iter().any(|k| k == "none");
+    let default = if none { vec![] } else { quant::default_keep(spec) };
+    let given = s.keep.iter().filter(|k| !matches!(k.as_str(), "none" | "auto"));
+    default.into_iter().chain(given.cloned()).collect()
+}
+
+/// The schemes by site pattern, in the order in which they hold.
+pub fn rules(s: &Quantize) -> Result<Vec<(String, Scheme)>> {
+    let compute = match s.compute {
+        ComputeType::Bf16 => Compute::Bf16,
+        ComputeType::F32 => Compute::F32,
+    };
+    let double_quant = !s.no_double_quant;
+    let scheme = |name: &str| -> Result<Scheme> {
+        Ok(match name.parse()? {
+            Scheme::Nf4 { .. } => Scheme::Nf4 { double_quant, compute },
+            Scheme::Fp4 { .. } => Scheme::Fp4 { double_quant, compute },
+            other => other,
+        })
+    };
+    let mut rules = vec![("*".to_string(), scheme(&s.quant)?)];
+    for rule in &s.site {
+        rules.push((rule.site.clone(), scheme(&rule.scheme)?));
+    }
+    Ok(rules)
+}
+
+/// Quantises a model: checkpoint in, checkpoint out.
+pub fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
+    let model = make::read_model(job.input("model")?, ui)?;
+    let rules = rules(s)?;
+    let mut report = Map::from_iter([("quant".to_string(), json!(s.quant))]);
+    let mut source = model.checkpoint;
+    let mut keep = kept(s, &source.spec);
+    let mut ranges = BTreeMap::new();
+    if s.needs_data() {
+        let corpus = corpus::training(job.data, &source.labels, job.seed, ui)?;
+        let length = source.max_length.unwrap_or(256).min(source.spec.longest());
+        let encoded = fit::encode(&corpus, &model.tokenizer, length, job.threads)?;
+        let rows = calibrate::choose(&corpus.train.labels, &encoded.train, s.calibration);
+        let sample: Vec<Encoding> = rows.iter().map(|r| encoded.train[*r].clone()).collect();
+        let mut seen = calibrate::observe(&source, &sample)?;
+        if s.equalise {
+            source = calibrate::equalise(&source, &seen)?;
+            seen = calibrate::observe(&source, &sample)?;
+        }
+        let observer = s.observer.parse()?;
+        ranges = seen.iter().map(|(lin, seen)| (*lin, seen.absmax(observer))).collect();
+        let site = |(lin, seen): (&Lin, &Seen)| {
+            let facts = json!({
+                "absmax": ranges[lin], "largest": seen.max(), "outlier_columns": seen.outliers(6.0), "columns": seen.channels.len(),
+            });
+            (quant::site(&source.spec, *lin), facts)
+        };
+        let sites: Map<String, Value> = seen.iter().map(site).collect();
+        // Row numbers of the training part of the data, whose hash is in the provenance.
+        let facts = json!({ "observer": s.observer, "sentences": rows.len(), "rows": rows, "inputs": sites });
+        report.insert("calibration".into(), facts);
+        if s.keep.iter().any(|k| k == "auto") {
+            let trial = Trial { job, source: &source, rules: &rules, ranges: &ranges, corpus: &corpus };
+            let found = trial.sensitivity(&encoded.validation, &keep, s.budget, ui)?;
+            keep.extend(found.kept.iter().cloned());
+            report.insert("sensitivity".into(), serde_json::to_value(&found)?);
+        }
+    }
+    let checkpoint = quant::quantise_calibrated(&source, &rules, &keep, &ranges)?;
+    let scheme = |t: Tensor| Scheme::of(checkpoint.get(t)).name();
+    let linears = checkpoint.spec.linears().into_iter();
+    let sites: Map<String, Value> =
+        linears.map(|(lin, ..)| (quant::site(&checkpoint.spec, lin), json!(scheme(Tensor::W(lin))))).collect();
+    let floats = sites.iter().filter(|(_, s)| matches!(s.as_str(), Some("f32" | "f16" | "bf16")));
+    let float: Vec<_> = floats.map(|(site, _)| site.clone()).collect();
+    ui.note(format!(
+        "{}: {} of {} linears in {}; in float: {}; word embeddings in {}",
+        job.id,
+        sites.len() - float.len(),
+        sites.len(),
+        s.quant,
+        if float.is_empty() { "none".into() } else { float.join(", ") },
+        scheme(Tensor::Word)
+    ));
+    report.insert("embeddings".into(), json!(scheme(Tensor::Word)));
+    report.insert("sites".into(), Value::Object(sites));
+    Ok(Made { checkpoint, tokenizer: model.tokenizer, report, files: vec![] })
+}
+
+/// What quantising does to the answers on validation data, beside the model it was made from.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Drop {
+    /// Cross-entropy.
+    loss: f64,
+    accuracy: f64,
+    /// Mean of KL(parent || this), nats.
+    kl: f64,
+    /// Sentences with another answer.
+    flips: usize,
+}
+
+/// One site: what quantising it alone does, and all others without it.
+#[derive(Clone, Debug, Serialize)]
+struct Sensitivity {
+    site: String,
+    alone: Drop,
+    all_but: Drop,
+}
+
+/// What `keep = auto` found.
+#[derive(Clone, Debug, Serialize)]
+struct Found {
+    /// Sentences measured on.
+    sentences: usize,
+    /// Largest loss of accuracy allowed, in points.
+    budget: f64,
+    float: Drop,
+    /// Everything quantised that the settings say.
+    all: Drop,
+    /// By falling KL alone.
+    sites: Vec<Sensitivity>,
+    /// The fewest first ones of `sites` in float that meet the budget.
+    kept: Vec<String>,
+    /// What is left then.
+    result: Drop,
+}
+
+/// Quantising with other choices of what to keep.
+struct Trial<'a> {
+    job: &'a Job<'a>,
+    source: &'a Checkpoint,
+    rules: &'a [(String, Scheme)],
+    ranges: &'a BTreeMap<Lin, f32>,
+    corpus: &'a Corpus,
+}
+
+impl Trial<'_> {
+    fn sensitivity(&self, validation: &[Encoding], keep: &[String], budget: f64, ui: &Ui) -> Result<Found> {
+        if validation.is_empty() {
+            return Err(usage("`keep = auto` measures on validation data: set one aside with --validation 0.1"));
+        }
+        let parent = Model::pack(self.source).logits(validation, self.job.threads)?;
+        let measure = |keep: &[String]| -> Result<Drop> {
+            let child = quant::quantise_calibrated(self.source, self.rules, keep, self.ranges)?;
+            let child = Model::pack(&child).logits(validation, self.job.threads)?;
+            if crate::ui::is_interrupted() {
+                return Err(crate::exit::interrupted(format!("{}: interrupted", self.job.id)));
+            }
+            Ok(self.drop(&parent, &child))
+        };
+        let sites = self.sites(keep)?;
+        let with = |more: &[String]| [keep, more].concat();
+        let mut bar = ui.bar(2 * sites.len() as u64, format!("{} sensitivity", self.job.id));
+        let mut measured = vec![];
+        for (i, site) in sites.iter().enumerate() {
+            bar.at(2 * i as u64, || site.clone());
+            let others: Vec<String> = sites.iter().filter(|s| *s != site).cloned().collect();
+            let (alone, all_but) = (measure(&with(&others))?, measure(&with(std::slice::from_ref(site)))?);
+            measured.push(Sensitivity { site: site.clone(), alone, all_but });
+        }
+        measured.sort_by(|a, b| b.alone.kl.total_cmp(&a.alone.kl));
+        let (float, all) = (self.drop(&parent, &parent), measure(keep)?);
+        let order: Vec<String> = measured.iter().map(|m| m.site.clone()).collect();
+        let (mut n, mut result) = (0, all);
+        // Accuracies are shares of whole sentences: half a sentence of slack is none, and hides rounding.
+        let slack = 0.5 / validation.len() as f64;
+        while float.accuracy - result.accuracy > budget / 100.0 + slack && n < order.len() {
+            n += 1;
+            result = measure(&with(&order[..n]))?;
+        }
+        let kept = order[..n].to_vec();
+        let worst = measured.first().map(|m| format!("; {} minds most", m.site)).unwrap_or_default();
+        ui.note(format!(
+            "{}: on {} validation sentences float {}, all quantised {}, {} kept in float {}{worst}",
+            self.job.id,
+            validation.len(),
+            percent(float.accuracy),
+            percent(all.accuracy),
+            n,
+            percent(result.accuracy),
+        ));
+        Ok(Found { sentences: validation.len(), budget, float, all, sites: measured, kept, result })
+    }
+
+    /// What is quantised: linears by their short names, the embedding tables as one.
+    fn sites(&self, keep: &[String]) -> Result<Vec<String>> {
+        let spec = &self.source.spec;
+        let mut sites = vec![];
+        for (def, scheme) in quant::assign(spec, self.rules, keep)? {
+            let quantised = scheme.is_some_and(|s| s.float().is_none());
+            match def.tensor {
+                Tensor::W(lin) if quantised && lin != Lin::UnusedPooler => sites.push(quant::site(spec, lin)),
+                _ if quantised && def.role == Role::Embedding => sites.push("embeddings.*".into()),
+                _ => {}
+            }
+        }
+        sites.dedup();
+        Ok(sites)
+    }
+
+    fn drop(&self, parent: &[f32], child: &[f32]) -> Drop {
+        let truth = &self.corpus.validation.labels;
+        let figures = metrics::evaluate(child, truth, &self.source.labels);
+        let against = metrics::agreement(parent, child, truth, self.source.labels.len());
+        let (loss, accuracy) = (round(figures.loss, 5), round(figures.accuracy, 5));
+        Drop { loss, accuracy, kl: against.mean_kl, flips: against.flips }
+    }
+}

@@ -85,7 +85,7 @@ impl Linear {
     pub fn bytes(&self) -> usize {
         let one = |part: &Part| match &part.weight {
             Weight::Dense(w) => 4 * w.len(),
-            Weight::Int8(matrix) | Weight::Mixed { matrix, .. } => matrix.bytes(),
+            Weight::Int8(matrix) | Weight::Static { matrix, .. } | Weight::Mixed { matrix, .. } => matrix.bytes(),
             Weight::FourBit(q) => q.bytes(),
         };
         4 * self.bias.len() + self.parts.iter().map(one).sum::<usize>()

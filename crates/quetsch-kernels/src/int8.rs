@@ -64,8 +64,8 @@ pub struct Matrix {
 enum Packed {
     /// `[n, k]`, row-major.
     Plain(Vec<i8>),
-    /// Panels `[n / 16][stride(k) / 4][16][4]`, zeros behind n and k, and 128 * the sum of every row.
-    Vnni(Vec<i8>, Vec<i32>),
+    /// Panels `[n / 16][stride(k) / 4][16][4]` of w + 128, so that AVX512-VNNI may take them for unsigned.
+    Vnni(Vec<u8>),
 }
 
 /// Output columns of a panel.
@@ -83,15 +83,13 @@ impl Matrix {
             return Matrix { packed: Packed::Plain(values.to_vec()), scale, k };
         }
         let (panels, quads) = (scale.len().div_ceil(LANES), stride(k) / 4);
-        let mut packed = vec![0; panels * quads * LANES * 4];
-        let mut sums = vec![0; panels * LANES];
+        let mut packed = vec![128; panels * quads * LANES * 4];
         for (c, row) in values.chunks_exact(k.max(1)).enumerate() {
             for (i, v) in row.iter().enumerate() {
-                packed[((c / LANES * quads + i / 4) * LANES + c % LANES) * 4 + i % 4] = *v;
+                packed[((c / LANES * quads + i / 4) * LANES + c % LANES) * 4 + i % 4] = *v as u8 ^ 128;
             }
-            sums[c] = 128 * row.iter().map(|v| i32::from(*v)).sum::<i32>();
         }
-        Matrix { packed: Packed::Vnni(packed, sums), scale, k }
+        Matrix { packed: Packed::Vnni(packed), scale, k }
     }
 
     /// Rows of the matrix: columns of the product.
@@ -108,7 +106,7 @@ impl Matrix {
     pub fn bytes(&self) -> usize {
         let packed = match &self.packed {
             Packed::Plain(v) => v.len(),
-            Packed::Vnni(v, sums) => v.len() + 4 * sums.len(),
+            Packed::Vnni(v) => v.len(),
         };
         packed + 4 * self.scale.len()
     }
@@ -117,7 +115,9 @@ impl Matrix {
     pub fn column(&self, c: usize, out: &mut [f32]) {
         let at = |j: usize| match &self.packed {
             Packed::Plain(w) => w[j * self.k + c],
-            Packed::Vnni(w, _) => w[((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4],
+            Packed::Vnni(w) => {
+                (w[((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4] ^ 128) as i8
+            }
         };
         for (j, (o, scale)) in out.iter_mut().zip(&self.scale).enumerate() {
             *o = f32::from(at(j)) * scale;
@@ -137,11 +137,11 @@ impl Matrix {
         match &self.packed {
             Packed::Plain(w) => plain(x, w, &self.scale, self.k, bias, f, out, step),
             #[cfg(target_arch = "x86_64")]
-            Packed::Vnni(w, sums) => {
-                let product = vnni::Product { x, k: self.k, w, sums, scale: &self.scale, bias, f, step };
+            Packed::Vnni(w) => {
+                let product = vnni::Product { x, k: self.k, w, scale: &self.scale, bias, f, step };
                 // SAFETY: `Packed::Vnni` is made only where `isa()` saw AVX512-VNNI (tests: `Isa::best()`); the
-                // asserts above are what `vnni::product` asks for.
-                unsafe { vnni::product(&product, out) }
+                // asserts above are what `vnni::product` asks for, and `out` is ours.
+                unsafe { vnni::product(&product, 0..n.div_ceil(LANES), out.as_mut_ptr()) }
             }
             #[cfg(not(target_arch = "x86_64"))]
             Packed::Vnni(..) => unreachable!("this architecture has no such tier"),

@@ -148,9 +148,15 @@ unsafe fn block<const R: usize, const P: usize>(
             for j in 0..P {
                 weights[j] = _mm512_loadu_si512(w.add(j * size).cast());
             }
-            for r in 0..R {
-                row(&mut acc[r], &weights, x[r / 3], from_row, r % 3);
+            // Written out: as a loop the compiler does not unroll it, and the sums live in memory.
+            macro_rules! rows {
+                ($($r:literal)*) => {
+                    $(if $r < R {
+                        row(&mut acc[$r], &weights, x[$r / 3], from_row, $r % 3);
+                    })*
+                };
             }
+            rows!(0 1 2 3 4 5 6 7 8 9 10 11);
             w = w.wrapping_add(64);
             x.iter_mut().for_each(|x| *x = x.wrapping_add(4));
         }

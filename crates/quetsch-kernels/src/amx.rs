@@ -5,8 +5,10 @@
 //! product. Instructions, shapes and the order of sums: Intel 64 and IA-32 Software Developer's Manual, volume 1,
 //! chapter 18, and volume 2, TDPBSSD and TDPBF16PS.
 
+use crate::int8::stride;
+use crate::vnni::Product;
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid, __cpuid_count, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_load_si512, _xgetbv};
+use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -288,6 +290,66 @@ pub(crate) unsafe fn product<const BF16: bool>(
     if let Some((before, tile, p)) = last {
         drain(&sums[before], tile, p);
     }
+}
+
+/// The bytes of int8 or of 32-bit words.
+fn bytes<T>(x: &[T]) -> &[u8] {
+    // SAFETY: this module's T have no padding, and every bit pattern is a byte.
+    unsafe { std::slice::from_raw_parts(x.as_ptr().cast(), size_of_val(x)) }
+}
+
+/// The int8 product, [`Matrix::multiply`](crate::int8::Matrix::multiply).
+///
+/// # Safety
+/// [`state`] is past [`permission`]; the slices are as long as `Matrix::multiply` checks.
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn int8(p: &Product, out: &mut [f32]) {
+    let stride = stride(p.k);
+    let o = Operands { a: bytes(p.x.q), stride, rows: p.x.scale.len(), b: bytes(p.w), lines: stride / LINE };
+    // SAFETY: passed on.
+    unsafe {
+        product::<false>(o, 0..p.scale.len().div_ceil(SIDE), |row, panel, sums| {
+            p.finish(row, &p.columns(panel), sums, out);
+        });
+    }
+}
+
+/// out `[rows, n]` (row stride `stride`) = or += A B in bf16 with f32 sums: A in rows of `row` words, of which `words`
+/// count, B in panels of `words` words. Denormals count as zero; a sum adds the products of even and of odd inner
+/// indices of a line apart.
+///
+/// # Safety
+/// [`state`] is past [`permission`].
+///
+/// # Panics
+/// When a slice is shorter than the sizes say.
+#[allow(clippy::too_many_arguments)] // two operands, a result and their sizes
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn bf16(
+    a: &[u32],
+    row: usize,
+    rows: usize,
+    b: &[u32],
+    words: usize,
+    n: usize,
+    out: &mut [f32],
+    stride: usize,
+    add: bool,
+) {
+    assert!(rows == 0 || n == 0 || (n <= stride && (rows - 1) * stride + n <= out.len()));
+    let o = Operands { a: bytes(a), stride: 4 * row, rows, b: bytes(b), lines: words / SIDE };
+    let finish = |r: usize, panel: usize, sums: __m512i| {
+        let column = panel * SIDE;
+        let mask = u16::MAX >> (SIDE - SIDE.min(n - column));
+        let to = out[r * stride + column..].as_mut_ptr();
+        // SAFETY: the mask keeps the access inside the row, which the assert above checked.
+        unsafe {
+            let old = if add { _mm512_maskz_loadu_ps(mask, to) } else { _mm512_setzero_ps() };
+            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(old, _mm512_castsi512_ps(sums)));
+        }
+    };
+    // SAFETY: passed on.
+    unsafe { product::<true>(o, 0..n.div_ceil(SIDE), finish) };
 }
 
 /// Small products, of one tile and of several, against plain loops.

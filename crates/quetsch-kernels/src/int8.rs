@@ -4,7 +4,7 @@
 use crate::isa::{Isa, isa};
 use crate::math::Activation;
 #[cfg(target_arch = "x86_64")]
-use crate::vnni;
+use crate::{amx, vnni};
 
 /// Rows quantised to int8: `q` `[rows, stride(k)]`, zeros behind k, and what an integer of a row is worth.
 #[derive(Clone, Copy)]
@@ -65,7 +65,9 @@ enum Packed {
     /// `[n, k]`, row-major.
     Plain(Vec<i8>),
     /// Panels `[n / 16][stride(k) / 4][16][4]` of w + 128, so that AVX512-VNNI may take them for unsigned.
-    Vnni(Vec<u8>),
+    Vnni(Vec<i8>),
+    /// The same panels of w, for AMX.
+    Amx(Vec<i8>),
 }
 
 /// Output columns of a panel.
@@ -83,13 +85,15 @@ impl Matrix {
             return Matrix { packed: Packed::Plain(values.to_vec()), scale, k };
         }
         let (panels, quads) = (scale.len().div_ceil(LANES), stride(k) / 4);
-        let mut packed = vec![128; panels * quads * LANES * 4];
+        let flip = if isa < Isa::Amx { -128 } else { 0 };
+        let mut packed = vec![flip; panels * quads * LANES * 4];
         for (c, row) in values.chunks_exact(k.max(1)).enumerate() {
             for (i, v) in row.iter().enumerate() {
-                packed[((c / LANES * quads + i / 4) * LANES + c % LANES) * 4 + i % 4] = *v as u8 ^ 128;
+                packed[((c / LANES * quads + i / 4) * LANES + c % LANES) * 4 + i % 4] = *v ^ flip;
             }
         }
-        Matrix { packed: Packed::Vnni(packed), scale, k }
+        let packed = if isa < Isa::Amx { Packed::Vnni(packed) } else { Packed::Amx(packed) };
+        Matrix { packed, scale, k }
     }
 
     /// Rows of the matrix: columns of the product.
@@ -105,19 +109,18 @@ impl Matrix {
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
         let packed = match &self.packed {
-            Packed::Plain(v) => v.len(),
-            Packed::Vnni(v) => v.len(),
+            Packed::Plain(v) | Packed::Vnni(v) | Packed::Amx(v) => v.len(),
         };
         packed + 4 * self.scale.len()
     }
 
     /// Row `c` of the matrix's transpose, as floats: `out[j] = w[j][c] * scale[j]`.
     pub fn column(&self, c: usize, out: &mut [f32]) {
+        let panel = |j: usize| ((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4;
         let at = |j: usize| match &self.packed {
             Packed::Plain(w) => w[j * self.k + c],
-            Packed::Vnni(w) => {
-                (w[((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4] ^ 128) as i8
-            }
+            Packed::Vnni(w) => w[panel(j)] ^ -128,
+            Packed::Amx(w) => w[panel(j)],
         };
         for (j, (o, scale)) in out.iter_mut().zip(&self.scale).enumerate() {
             *o = f32::from(at(j)) * scale;
@@ -140,11 +143,17 @@ impl Matrix {
             Packed::Vnni(w) => {
                 let product = vnni::Product { x, k: self.k, w, scale: &self.scale, bias, f, step };
                 // SAFETY: `Packed::Vnni` is made only where `isa()` saw AVX512-VNNI (tests: `Isa::best()`); the
-                // asserts above are what `vnni::product` asks for, and `out` is ours.
-                unsafe { vnni::product(&product, 0..n.div_ceil(LANES), out.as_mut_ptr()) }
+                // asserts above are what `vnni::product` asks for.
+                unsafe { vnni::product(&product, out) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Packed::Amx(w) => {
+                let product = vnni::Product { x, k: self.k, w, scale: &self.scale, bias, f, step };
+                // SAFETY: as above: `isa()` saw that AMX works.
+                unsafe { amx::int8(&product, out) }
             }
             #[cfg(not(target_arch = "x86_64"))]
-            Packed::Vnni(..) => unreachable!("this architecture has no such tier"),
+            Packed::Vnni(..) | Packed::Amx(_) => unreachable!("this architecture has no such tier"),
         }
     }
 }
@@ -197,7 +206,7 @@ mod tests {
         let bias: Vec<f32> = (0..n).map(|c| 100.0 - c as f32).collect();
         let x = padded(&q, rows, k);
         let x = Rows { q: &x, scale: &row_scale };
-        for isa in [Isa::Scalar, Isa::Avx512Vnni].into_iter().filter(|i| *i <= Isa::best()) {
+        for isa in [Isa::Scalar, Isa::Avx512Vnni, Isa::Amx].into_iter().filter(|i| *i <= Isa::best()) {
             let m = Matrix::for_isa(&w, scale.clone(), k, isa);
             let step = n + extra;
             let shape = format!("{isa:?} {rows}x{n}x{k}");
@@ -227,7 +236,8 @@ mod tests {
 
     #[test]
     fn the_product_is_the_exact_integer_one_on_every_tier() {
-        let shapes = [(1, 1, 1), (5, 7, 33), (9, 77, 384), (3, 2, 0), (0, 3, 4), (25, 33, 1003), (6, 0, 8)];
+        let shapes =
+            [(1, 1, 1), (5, 7, 33), (9, 77, 384), (3, 2, 0), (0, 3, 4), (25, 33, 1003), (6, 0, 8), (70, 49, 130)];
         for (rows, n, k) in shapes {
             check(rows, n, k, 0);
             check(rows, n, k, 5);

@@ -10,6 +10,7 @@ pub mod isa;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+pub mod attention_train;
 pub mod four_bit;
 pub mod gemm;
 pub mod int8;
@@ -17,6 +18,7 @@ pub mod math;
 pub mod norm;
 pub mod optim;
 pub mod panels;
+pub mod peak;
 pub mod rows;
 #[cfg(target_arch = "x86_64")]
 mod vnni;

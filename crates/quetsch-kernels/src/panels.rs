@@ -11,6 +11,8 @@
 //! Padding is zero. Values are rounded to bf16 to nearest, ties to even, by the same integer code on every tier.
 
 use crate::gemm::Write;
+use crate::isa::bf16_is_fast;
+#[cfg(target_arch = "x86_64")]
 use crate::isa::{Isa, bf16_dot, isa};
 
 /// The inputs' type; sums are f32 in both.
@@ -27,6 +29,19 @@ const LINE: usize = 16;
 type Block = [[u32; LINE]; LINE];
 
 impl Precision {
+    /// `f32` or `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+
+    /// The faster one on this CPU.
+    pub fn fastest() -> Precision {
+        if bf16_is_fast() { Precision::Bf16 } else { Precision::F32 }
+    }
+
     /// Inner indices in a word.
     fn per_word(self) -> usize {
         match self {
@@ -95,6 +110,16 @@ impl<'a> Left<'a> {
         Left { words, row: x.stride, step: 1, panel: None }
     }
 
+    /// Columns of f32 rows as they are: the transpose.
+    pub fn f32_columns(x: Source<'a>) -> Left<'a> {
+        Left { row: 1, step: x.stride, ..Left::f32_rows(x) }
+    }
+
+    /// The rows from `r` on; `r` is a multiple of 16.
+    pub fn below(self, r: usize) -> Left<'a> {
+        Left { words: self.words.get(self.start(r)..).unwrap_or_default(), ..self }
+    }
+
     /// Where row `r` begins.
     fn start(&self, r: usize) -> usize {
         match self.panel {
@@ -127,6 +152,7 @@ fn word(p: Precision, low: f32, high: f32) -> u32 {
 fn words(p: Precision, low: &[f32], high: &[f32]) -> [u32; LINE] {
     match (low.first_chunk::<LINE>(), high.first_chunk::<LINE>()) {
         (Some(low), Some(high)) => std::array::from_fn(|j| word(p, low[j], high[j])),
+        (Some(low), None) if p == Precision::F32 => low.map(f32::to_bits),
         _ => std::array::from_fn(|j| {
             let at = |row: &[f32]| row.get(j).copied().unwrap_or(0.0);
             word(p, at(low), at(high))
@@ -150,17 +176,6 @@ fn words_along(p: Precision, row: &[f32]) -> [u32; LINE] {
     }
 }
 
-/// The rows of floats that hold inner indices `w * per_word ..` of the word `w`, of which there are `k`; from column `c`
-/// to `n`.
-#[inline(always)]
-fn pair<'a>(p: Precision, x: Source<'a>, k: usize, w: usize, c: usize, n: usize) -> (&'a [f32], &'a [f32]) {
-    let row = |r: usize| if r < k { &x.data[r * x.stride + c..r * x.stride + n] } else { &[][..] };
-    match p {
-        Precision::F32 => (row(w), row(w)),
-        Precision::Bf16 => (row(2 * w), row(2 * w + 1)),
-    }
-}
-
 kernel! {
     /// A `[m, k]` from rows of floats.
     pub fn pack_rows(p: Precision, x: Source, m: usize, k: usize, out: &mut [u32]) {
@@ -174,16 +189,23 @@ kernel! {
     }
 }
 
-kernel! {
-    /// B `[k, n]` from `k` rows of `n` floats.
-    pub fn pack_panels(p: Precision, x: Source, k: usize, n: usize, out: &mut [u32]) {
-        let panel = p.panel_words(k);
-        for w in 0..panel {
-            for c in (0..n).step_by(LINE) {
-                let (low, high) = pair(p, x, k, w, c, n);
-                let at = c * panel + w * LINE;
-                out[at..at + LINE].copy_from_slice(&words(p, low, high));
-            }
+/// Packs B `[k, n]` whose row `i` is the `n` floats `row(i)`.
+#[inline(always)]
+fn pack_panels_by<'a>(p: Precision, row: impl Fn(usize) -> &'a [f32], k: usize, n: usize, out: &mut [u32]) {
+    let panel = p.panel_words(k);
+    let row = |i: usize| if i < k { &row(i)[..n] } else { &[][..] };
+    for w in 0..panel {
+        let (low, high) = match p {
+            Precision::F32 => (row(w), &[][..]),
+            Precision::Bf16 => (row(2 * w), row(2 * w + 1)),
+        };
+        for c in (0..n).step_by(LINE) {
+            let at = c * panel + w * LINE;
+            out[at..at + LINE].copy_from_slice(&words(
+                p,
+                low.get(c..).unwrap_or_default(),
+                high.get(c..).unwrap_or_default(),
+            ));
         }
     }
 }
@@ -191,18 +213,18 @@ kernel! {
 #[inline(always)]
 fn pack_panels_across_by<'a>(
     p: Precision,
-    row: impl Fn(usize) -> &'a [f32],
+    column: impl Fn(usize) -> &'a [f32],
     k: usize,
-    panels: std::ops::Range<usize>,
     n: usize,
     out: &mut [u32],
     transpose: impl Fn(&mut Block),
 ) {
-    let words = p.panel_words(k);
-    for (panel, out) in panels.zip(out.chunks_exact_mut((words * LINE).max(1))) {
+    let panel = p.panel_words(k) * LINE;
+    for first in (0..if k == 0 { 0 } else { n }).step_by(LINE) {
+        let out = &mut out[first * panel / LINE..][..panel];
         for (i, out) in out.as_chunks_mut::<{ LINE * LINE }>().0.iter_mut().enumerate() {
-            let mut block: Block = std::array::from_fn(|j| match panel * LINE + j {
-                c if c < n => words_along(p, &row(c)[(i * LINE * p.per_word()).min(k)..k]),
+            let mut block: Block = std::array::from_fn(|j| match first + j {
+                c if c < n => words_along(p, &column(c)[(i * LINE * p.per_word()).min(k)..k]),
                 _ => [0; LINE],
             });
             transpose(&mut block);
@@ -218,21 +240,38 @@ fn transpose_plain(block: &mut Block) {
     }
 }
 
-/// The panels `panels` of B `[k, n]` whose column `c` is the row of `k` floats `row(c)`: the transpose.
+/// Runs a generic packing compiled for the instruction set in use.
+macro_rules! on_every_isa {
+    ($name:ident($($arg:expr),*), $plain:expr) => {{
+        #[cfg(target_arch = "x86_64")]
+        match isa() {
+            // SAFETY: `isa()` is at most what this CPU has.
+            Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => return unsafe { avx512::$name($($arg),*) },
+            // SAFETY: as above.
+            Isa::Avx2 => return unsafe { avx2::$name($($arg),*) },
+            Isa::Scalar => {}
+        }
+        $plain
+    }};
+}
+
+/// B `[k, n]` whose row `i` is the `n` floats `row(i)`.
+pub fn pack_panels<'a>(p: Precision, row: impl Fn(usize) -> &'a [f32], k: usize, n: usize, out: &mut [u32]) {
+    on_every_isa!(pack_panels(p, row, k, n, out), pack_panels_by(p, row, k, n, out))
+}
+
+/// B `[k, n]` whose column `c` is the `k` floats `column(c)`: the transpose.
 pub fn pack_panels_across<'a>(
     p: Precision,
-    row: impl Fn(usize) -> &'a [f32],
+    column: impl Fn(usize) -> &'a [f32],
     k: usize,
-    panels: std::ops::Range<usize>,
     n: usize,
     out: &mut [u32],
 ) {
-    #[cfg(target_arch = "x86_64")]
-    if isa() >= Isa::Avx512 {
-        // SAFETY: `isa()` is at most what this CPU has.
-        return unsafe { avx512::pack_panels_across(p, row, k, panels, n, out) };
-    }
-    pack_panels_across_by(p, row, k, panels, n, out, transpose_plain);
+    on_every_isa!(
+        pack_panels_across(p, column, k, n, out),
+        pack_panels_across_by(p, column, k, n, out, transpose_plain)
+    )
 }
 
 /// out `[m, n]` (row stride `stride`) = or += A `[m, k]` B `[k, n]`, on the calling thread. The order of summation does
@@ -261,6 +300,11 @@ pub fn multiply(
     let add = write == Write::Add;
     // A block of A's rows stays in the second-level cache while all panels pass by.
     let block = (BLOCK_WORDS / used.max(1)).next_multiple_of(TALL).min(m);
+    #[cfg(target_arch = "x86_64")]
+    if p == Precision::Bf16 && isa() == Isa::Amx {
+        // SAFETY: `isa()` saw that AMX works, and that implies AVX-512.
+        return unsafe { avx512::tiles_of_rows(a, b, m, n, k, block, out, stride, add) };
+    }
     for first in (0..m).step_by(block) {
         for c in (0..n).step_by(WIDE * LINE) {
             let end = (first + block).min(m);
@@ -358,8 +402,29 @@ fn dot(p: Precision, a: u32, b: u32) -> f32 {
 }
 
 #[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::Precision;
+
+    #[target_feature(enable = "avx2")]
+    pub fn pack_panels<'a>(p: Precision, row: impl Fn(usize) -> &'a [f32], k: usize, n: usize, out: &mut [u32]) {
+        super::pack_panels_by(p, row, k, n, out);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub fn pack_panels_across<'a>(
+        p: Precision,
+        column: impl Fn(usize) -> &'a [f32],
+        k: usize,
+        n: usize,
+        out: &mut [u32],
+    ) {
+        super::pack_panels_across_by(p, column, k, n, out, super::transpose_plain);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Block, LINE, Precision, Tile, WIDE};
+    use super::{Block, LINE, Left, Precision, Tile, WIDE};
     use std::arch::x86_64::*;
 
     /// 16 x 16 words, in four rounds of shuffles.
@@ -398,15 +463,63 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn pack_panels<'a>(p: Precision, row: impl Fn(usize) -> &'a [f32], k: usize, n: usize, out: &mut [u32]) {
+        super::pack_panels_by(p, row, k, n, out);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     pub fn pack_panels_across<'a>(
         p: Precision,
-        row: impl Fn(usize) -> &'a [f32],
+        column: impl Fn(usize) -> &'a [f32],
         k: usize,
-        panels: std::ops::Range<usize>,
         n: usize,
         out: &mut [u32],
     ) {
-        super::pack_panels_across_by(p, row, k, panels, n, out, |b| transpose(b));
+        super::pack_panels_across_by(p, column, k, n, out, |b| transpose(b));
+    }
+
+    /// bf16 on AMX, whose left tiles are rows: panels are turned first.
+    ///
+    /// # Safety
+    /// AMX works here.
+    #[allow(clippy::too_many_arguments)] // as for `multiply`
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn tiles_of_rows(
+        a: Left,
+        b: &[u32],
+        m: usize,
+        n: usize,
+        k: usize,
+        block: usize,
+        out: &mut [f32],
+        stride: usize,
+        add: bool,
+    ) {
+        let p = Precision::Bf16;
+        let words = p.panel_words(k);
+        let mut turned = Vec::new();
+        let (a, row) = match a.panel {
+            None => (a.words, a.row),
+            Some(_) => {
+                turned.resize(p.panels_len(k, m), 0);
+                let panels = a.words.as_chunks::<{ LINE * LINE }>().0.iter().take(turned.len() / (LINE * LINE));
+                for (i, panel) in panels.enumerate() {
+                    let mut block: Block = std::array::from_fn(|w| std::array::from_fn(|r| panel[w * LINE + r]));
+                    transpose(&mut block);
+                    let (first, line) = (i / (words / LINE) * LINE, i % (words / LINE) * LINE);
+                    for (r, row) in block.iter().enumerate() {
+                        turned[(first + r) * words + line..][..LINE].copy_from_slice(row);
+                    }
+                }
+                (&turned[..], words)
+            }
+        };
+        for first in (0..m).step_by(block) {
+            let a = &a[first * row..];
+            let rows = block.min(m - first);
+            // SAFETY: passed on.
+            unsafe { crate::amx::bf16(a, row, rows, b, words, n, &mut out[first * stride..], stride, add) };
+        }
     }
 
     /// Calls a tile of constant sizes.
@@ -540,10 +653,10 @@ mod tests {
             let (a_t, b_t) = (transposed(&a, k), transposed(&b, n));
             let (mut left, mut left_t) = (vec![0; p.rows_len(m, k)], vec![0; p.panels_len(k, m)]);
             pack_rows(p, Source { data: &a, stride: k }, m, k, &mut left);
-            pack_panels(p, Source { data: &a_t, stride: m }, k, m, &mut left_t);
+            pack_panels(p, |i| &a_t[i * m..][..m], k, m, &mut left_t);
             let (mut right, mut right_t) = (vec![0; p.panels_len(k, n)], vec![0; p.panels_len(k, n)]);
-            pack_panels(p, Source { data: &b, stride: n }, k, n, &mut right);
-            pack_panels_across(p, |c| &b_t[c * k..][..k], k, 0..n.div_ceil(16), n, &mut right_t);
+            pack_panels(p, |i| &b[i * n..][..n], k, n, &mut right);
+            pack_panels_across(p, |c| &b_t[c * k..][..k], k, n, &mut right_t);
             assert!(right == right_t, "{p:?} {k}x{n}");
             let stride = n + 3;
             let mut out = vec![9.0; m * stride];
@@ -574,7 +687,7 @@ mod tests {
             let (a, b) = (noise(m * k, 3), noise(k * n, 4));
             let (mut left, mut right) = (vec![0; p.rows_len(m, k)], vec![0; p.panels_len(k, n)]);
             pack_rows(p, Source { data: &a, stride: k }, m, k, &mut left);
-            pack_panels(p, Source { data: &b, stride: n }, k, n, &mut right);
+            pack_panels(p, |i| &b[i * n..][..n], k, n, &mut right);
             for (rows, cols) in [(TALL, WIDE * LINE), (5, 17), (1, 1)] {
                 let t = Tile {
                     a: &left,

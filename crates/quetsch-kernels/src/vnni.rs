@@ -1,4 +1,4 @@
-//! The int8 product on AVX512-VNNI.
+//! The int8 product on AVX512-VNNI, and the epilogue that AMX shares.
 //!
 //! `vpdpbusd` multiplies unsigned by signed bytes: the panels hold w + 128, and 128 times the sum of the row is taken off
 //! at the end. So a row is read as it is, four bytes at a time, straight into all lanes.
@@ -7,14 +7,13 @@ use crate::int8::{LANES, Rows, stride};
 use crate::math::{Activation, activate};
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 /// out `[rows, n]` = f(x w^T * scales + bias); see [`Matrix::multiply`](crate::int8::Matrix::multiply).
 pub(crate) struct Product<'a> {
     pub x: Rows<'a>,
     pub k: usize,
-    /// `[n / 16][stride(k) / 4][16][4]`, w + 128.
-    pub w: &'a [u8],
+    /// `[n / 16][stride(k) / 4][16][4]`: for VNNI w + 128 as an unsigned byte, for AMX w.
+    pub w: &'a [i8],
     /// Of the rows of w. `[n]`
     pub scale: &'a [f32],
     pub bias: &'a [f32],
@@ -38,14 +37,14 @@ macro_rules! block {
     };
 }
 
-/// Computes the columns of `panels`. Panels are the outer loop: a panel stays in L1 while all rows pass.
+/// Panels are the outer loop: a panel stays in L1 while all rows pass.
 ///
 /// # Safety
 /// The CPU has the features; the slices and `out` are as long as [`Matrix::multiply`](crate::int8::Matrix::multiply)
-/// checks; no one else touches these columns.
+/// checks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(crate) unsafe fn product(p: &Product, panels: Range<usize>, out: *mut f32) {
-    let all = p.x.scale.len();
+pub(crate) unsafe fn product(p: &Product, out: &mut [f32]) {
+    let (all, panels) = (p.x.scale.len(), p.scale.len().div_ceil(LANES));
     for strip in (0..all).step_by(STRIP) {
         let rows = STRIP.min(all - strip);
         let mut sums = [0; STRIP];
@@ -55,9 +54,9 @@ pub(crate) unsafe fn product(p: &Product, panels: Range<usize>, out: *mut f32) {
         }
         // Blocks of nearly the same height: twelve and one would leave the one waiting for its own sums.
         let blocks = rows.div_ceil(ROWS);
-        let mut panel = panels.start;
-        while panel < panels.end {
-            let group = match panels.end - panel {
+        let mut panel = 0;
+        while panel < panels {
+            let group = match panels - panel {
                 4.. if rows <= 6 => 4,
                 2.. => 2,
                 _ => 1,
@@ -132,12 +131,12 @@ unsafe fn block<const R: usize, const P: usize>(
     first: usize,
     panel: usize,
     sums: &[i32],
-    out: *mut f32,
+    out: &mut [f32],
 ) {
-    let (n, from_row, size) = (p.scale.len(), stride(p.k), stride(p.k) * LANES);
+    let (from_row, size) = (stride(p.k), stride(p.k) * LANES);
     let mut acc = [[_mm512_setzero_si512(); P]; R];
-    // SAFETY: a panel of w holds stride(k) / 4 vectors of 64 bytes, a row of x stride(k) bytes; scale, bias and out are
-    // touched where the mask is set: `live` columns.
+    // SAFETY: a panel of w holds stride(k) / 4 vectors of 64 bytes, a row of x stride(k) bytes; the rest is what
+    // `product` asks for.
     unsafe {
         let mut w = p.w.as_ptr().add(panel * size);
         // Every third row: the two behind it are reached by address arithmetic, so that four pointers do.
@@ -161,26 +160,59 @@ unsafe fn block<const R: usize, const P: usize>(
             x.iter_mut().for_each(|x| *x = x.wrapping_add(4));
         }
         for j in 0..P {
-            let column = (panel + j) * LANES;
-            let live = LANES.min(n - column);
-            let mask = (u32::MAX >> (32 - live)) as __mmask16;
-            let scale = _mm512_maskz_loadu_ps(mask, p.scale.as_ptr().add(column));
-            let bias = match p.bias {
-                [] => _mm512_setzero_ps(),
-                bias => _mm512_maskz_loadu_ps(mask, bias.as_ptr().add(column)),
-            };
+            let columns = p.columns(panel + j);
             for r in 0..R {
-                let exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][j], _mm512_set1_epi32(sums[r])));
-                let scale = _mm512_mul_ps(_mm512_set1_ps(p.x.scale[first + r]), scale);
-                let mut y = _mm512_add_ps(_mm512_mul_ps(exact, scale), bias);
-                if p.f != Activation::Identity {
-                    let mut lanes = [0f32; LANES];
-                    _mm512_storeu_ps(lanes.as_mut_ptr(), y);
-                    activate(&mut lanes, p.f);
-                    y = _mm512_loadu_ps(lanes.as_ptr());
-                }
-                _mm512_mask_storeu_ps(out.add((first + r) * p.step + column), mask, y);
+                p.finish(first + r, &columns, _mm512_sub_epi32(acc[r][j], _mm512_set1_epi32(sums[r])), out);
             }
+        }
+    }
+}
+
+/// What all rows of a panel of the result share.
+pub(crate) struct Columns {
+    first: usize,
+    mask: __mmask16,
+    scale: __m512,
+    bias: __m512,
+}
+
+impl Product<'_> {
+    /// # Safety
+    /// The slices are as long as the sizes say, and the panel has a column.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) unsafe fn columns(&self, panel: usize) -> Columns {
+        let first = panel * LANES;
+        let mask = u16::MAX >> (LANES - LANES.min(self.scale.len() - first));
+        // SAFETY: scale and bias are read where the mask is set: columns that exist.
+        unsafe {
+            let scale = _mm512_maskz_loadu_ps(mask, self.scale.as_ptr().add(first));
+            let bias = match self.bias {
+                [] => _mm512_setzero_ps(),
+                bias => _mm512_maskz_loadu_ps(mask, bias.as_ptr().add(first)),
+            };
+            Columns { first, mask, scale, bias }
+        }
+    }
+
+    /// Stores f(sums * scales + bias) in a row.
+    ///
+    /// # Safety
+    /// As for [`Product::columns`].
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(crate) unsafe fn finish(&self, row: usize, c: &Columns, sums: __m512i, out: &mut [f32]) {
+        let scale = _mm512_mul_ps(_mm512_set1_ps(self.x.scale[row]), c.scale);
+        let mut y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), c.bias);
+        // SAFETY: the lanes are 64 bytes; the row is touched where the mask is set.
+        unsafe {
+            if self.f != Activation::Identity {
+                let mut lanes = [0f32; LANES];
+                _mm512_storeu_ps(lanes.as_mut_ptr(), y);
+                activate(&mut lanes, self.f);
+                y = _mm512_loadu_ps(lanes.as_ptr());
+            }
+            _mm512_mask_storeu_ps(out.as_mut_ptr().add(row * self.step + c.first), c.mask, y);
         }
     }
 }

@@ -14,10 +14,12 @@ pub mod scores;
 pub mod state;
 pub mod step;
 pub mod tape;
+mod threads;
 
 pub use features::{Features, LayerMap};
 pub use fit::{Event, FitError, FitSettings, Fitted, Stop, TrainSet, fit};
 pub use loss::{ClassWeights, Hard, Losses, Measure, Objective, Soft};
+pub use quetsch_kernels::panels::Precision;
 pub use schedule::Schedule;
 pub use scores::{ffn_scores, head_scores};
 pub use state::State;

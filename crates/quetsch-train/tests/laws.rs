@@ -12,13 +12,14 @@ use quetsch::ops::forward;
 use quetsch::runtime::{Model, Workspace};
 use quetsch::spec::{At, HeadSpec, ModelSpec, Tensor};
 use quetsch_train::features::{Compare, Link, Qkv};
+use quetsch_train::optim::{AdamW, Rates};
 use quetsch_train::params::Params;
 use quetsch_train::scores::Sample;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::tape::{Buffers, Draw, Tape};
 use quetsch_train::{
-    ClassWeights, Dropout, Event, Features, FitError, FitSettings, Fitted, Hard, Measure, Objective, Schedule,
-    Soft, State, Stop, ffn_scores, fit, head_scores,
+    ClassWeights, Dropout, Event, Features, FitError, FitSettings, Fitted, Hard, Measure, Objective, Precision,
+    Schedule, Soft, State, Stop, ffn_scores, fit, head_scores,
 };
 use std::ops::ControlFlow;
 
@@ -108,10 +109,13 @@ fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
             };
             let keep = params.data[i][e];
             params.data[i][e] = keep + step;
+            params.repack(1);
             let up = loss(&params, &masks);
             params.data[i][e] = keep - step;
+            params.repack(1);
             let down = loss(&params, &masks);
             params.data[i][e] = keep;
+            params.repack(1);
             compare(format!("{} [{e}]", def.name), got, up, down);
         }
     }
@@ -127,6 +131,97 @@ fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
         }
     }
     assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
+
+/// bf16 keeps 8 bits: a product of rounded inputs is off by up to 2^-8, a sum of many by less; through three layers and
+/// back a tensor's gradient is within 4% of the f32 one (L2), its direction within 0.1% (cosine).
+#[test]
+fn gradients_in_bf16_are_near_those_in_f32() {
+    let (encodings, labels) = (sentences(40, 30, 9), labels(40));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let examples: Vec<usize> = (0..40).collect();
+    for (head, dropout) in [(HEADS[0], DROPOUT), (HEADS[1], Dropout::default())] {
+        let ck = lively(uneven(head), 11);
+        let gradient = |precision| {
+            let params = Params::with(&ck, &[], precision, 2);
+            let task = Task { params: &params, set, objective: CE, dropout, seed: 5, masks: None };
+            let mut team = Worker::team(&params, 1);
+            let (loss, _) = gradients(&task, 3, &examples, 40, &mut team).unwrap();
+            (loss.total, team.remove(0).grads)
+        };
+        let ((exact_loss, exact), (loss, near)) = (gradient(Precision::F32), gradient(Precision::Bf16));
+        assert!((loss - exact_loss).abs() < 0.01 * exact_loss && loss != exact_loss, "{loss} {exact_loss}");
+        for (i, def) in ck.spec.tensors().iter().enumerate() {
+            let of = |g: &quetsch_train::params::Grads| match def.tensor {
+                Tensor::Word => (0..30).flat_map(|r| g.word.row(r).unwrap_or(&[0.0; 24]).to_vec()).collect(),
+                _ => g.dense[i].clone(),
+            };
+            let (a, b): (Vec<f32>, Vec<f32>) = (of(&exact), of(&near));
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            let (size, other) = (dot(&a, &a).sqrt(), dot(&b, &b).sqrt());
+            let off: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+            // A key bias moves all scores of a query alike: its true gradient is 0.
+            if size == 0.0 || def.name.ends_with("key.bias") {
+                continue;
+            }
+            assert!(dot(&off, &off).sqrt() < 0.04 * size, "{}: {}", def.name, dot(&off, &off).sqrt() / size);
+            assert!(dot(&a, &b) > 0.999 * size * other, "{}", def.name);
+        }
+    }
+}
+
+/// Rows that wait for their steps end where dense AdamW takes them: to the bit while the gap is at most 256 steps and
+/// the row had a gradient before, to f32 rounding otherwise.
+#[test]
+fn lazy_rows_are_dense_adamw() {
+    let ck = lively(uneven(HEADS[0]), 3);
+    let mut params = Params::new(&ck, &[]);
+    let (word, width, steps) = (params.id(Tensor::Word), 24, 700);
+    let mut adamw = AdamW::new(&params);
+    let mut team = Worker::team(&params, 2);
+    let mut dense = params.data[word].clone();
+    let (mut m, mut v) = (vec![0.0; dense.len()], vec![0.0; dense.len()]);
+    // Row r has a gradient every so many steps; row 7 once, row 8 never.
+    let has = |r: usize, t: usize| match r {
+        7 => t == 5,
+        8 => false,
+        r => t % (1 + r * r / 3) == r % 2,
+    };
+    for t in 0..steps {
+        let rate = 1e-2 * (1.0 - t as f32 / steps as f32);
+        let ids: Vec<u32> = (0..30).filter(|r| has(*r, t)).map(|r| r as u32).collect();
+        adamw.catch_up(&mut params, ids.iter());
+        let mut g = vec![0.0; dense.len()];
+        for id in ids {
+            let row = &mut g[id as usize * width..][..width];
+            row.iter_mut().enumerate().for_each(|(i, g)| *g = ((i * 7 + t * 13 + id as usize) % 11) as f32 - 4.0);
+            team[t % 2].grads.word.row_mut(id).copy_from_slice(row);
+        }
+        let rates = Rates { body: rate, head: rate, decay: 0.1, clip: 0.0 };
+        adamw.update(&mut params, &mut team, rates);
+        let [a, b] = [0.9f32, 0.999].map(|beta| f64::from(beta).powi(t as i32 + 1));
+        let setting = quetsch_kernels::optim::AdamW {
+            rate,
+            decay: 0.1,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            correction1: (1.0 - a) as f32,
+            correction2: (1.0 - b) as f32,
+            scale: 1.0,
+        };
+        quetsch_kernels::optim::adamw(&mut dense, &g, &mut m, &mut v, setting);
+    }
+    let got = adamw.checkpoint(&params, &ck).unwrap();
+    let got = got.values(Tensor::Word);
+    // Dense AdamW rounds every weight, up to about 1, 700 times.
+    assert!(worst(&got, &dense) < 2e-5, "{}", worst(&got, &dense));
+    let start = ck.values(Tensor::Word);
+    for r in [0, 2, 5, 20] {
+        assert_eq!(got[r * width..][..width], dense[r * width..][..width], "row {r}");
+    }
+    assert!(worst(&got[8 * width..9 * width], &start[8 * width..9 * width]) > 1e-3, "decay moves every row");
+    assert_ne!(params.data[word], got.to_vec(), "rows wait");
 }
 
 fn run(ck: &Checkpoint, n: usize, s: &FitSettings) -> Fitted {
@@ -195,10 +290,16 @@ fn small_models_learn() {
 /// Interrupted anywhere, resumed: the bytes of an uninterrupted run.
 #[test]
 fn resumed_is_uninterrupted() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        check_resumed(&FitSettings { precision, ..settings() });
+    }
+}
+
+fn check_resumed(settings: &FitSettings) {
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(50, 30, 21), labels(50));
     let set = TrainSet { encodings: &encodings, labels: &labels };
-    let whole = run(&ck, 50, &settings());
+    let whole = run(&ck, 50, settings);
     let dir = tempfile::tempdir().unwrap();
     for stop_at in [1, 3, 7, 9] {
         let place = dir.path().join(format!("state-{stop_at}"));
@@ -208,10 +309,10 @@ fn resumed_is_uninterrupted() {
             Event::Step(p) if p.step == stop_at => ControlFlow::Break(Stop::Interrupted),
             _ => ControlFlow::Continue(()),
         };
-        let stopped = fit(&ck, &set, &CE, &settings(), Some(&state(false)), &mut stop);
+        let stopped = fit(&ck, &set, &CE, settings, Some(&state(false)), &mut stop);
         assert!(matches!(stopped, Err(FitError::Interrupted { step, .. }) if step == stop_at));
         let mut resumed = None;
-        let rest = fit(&ck, &set, &CE, &settings(), Some(&state(true)), &mut |e| {
+        let rest = fit(&ck, &set, &CE, settings, Some(&state(true)), &mut |e| {
             if let Event::Resumed { step, .. } = e {
                 resumed = Some(step);
             }
@@ -221,7 +322,7 @@ fn resumed_is_uninterrupted() {
         assert_eq!(resumed, Some(stop_at));
         assert_eq!(distance(&rest.checkpoint, &whole.checkpoint), 0.0, "stopped at {stop_at}");
         let other = State { key: "other".into(), ..state(true) };
-        let refused = fit(&ck, &set, &CE, &settings(), Some(&other), &mut |_| ControlFlow::Continue(()));
+        let refused = fit(&ck, &set, &CE, settings, Some(&other), &mut |_| ControlFlow::Continue(()));
         assert!(refused.err().unwrap().to_string().contains("other inputs or settings"));
     }
 }
@@ -424,6 +525,7 @@ fn gradients_from_inside_are_finite_differences() {
                 let keep = params.data[i][e];
                 let mut at = |w: f32| {
                     params.data[i][e] = w;
+                    params.repack(1);
                     run(&params, &mut Worker::team(&params, 1)).total
                 };
                 let step = 2e-3f32;

@@ -42,6 +42,30 @@ pub enum ClassWeights {
     Sqrt,
 }
 
+/// What the matrix products of training are computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// bf16 where this CPU multiplies it faster than f32, else f32.
+    #[default]
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// Inputs rounded to bfloat16, sums in f32; weights and the optimiser stay f32.
+    Bf16,
+}
+
+impl Precision {
+    /// What this CPU trains in.
+    pub fn here(self) -> quetsch_train::Precision {
+        match self {
+            Precision::F32 => quetsch_train::Precision::F32,
+            Precision::Bf16 => quetsch_train::Precision::Bf16,
+            Precision::Auto => quetsch_train::Precision::fastest(),
+        }
+    }
+}
+
 /// The settings of the one training loop.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case")]
@@ -86,6 +110,9 @@ pub struct Training {
     /// Dropout in the classification head
     #[arg(long, default_value_t = Training::default().head_dropout)]
     pub head_dropout: f64,
+    /// What matrix products are computed in: bf16 where this CPU is faster at it (auto), f32 or bf16
+    #[arg(long, value_enum, default_value_t = Training::default().precision)]
+    pub precision: Precision,
     /// Leave tensors unchanged whose name contains one of these, such as word_embeddings
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     pub freeze: Vec<String>,
@@ -123,6 +150,7 @@ impl Default for Training {
             clip: 1.0,
             dropout: 0.1,
             head_dropout: 0.2,
+            precision: Precision::Auto,
             freeze: vec![],
             max_length: 256,
             keep: KeepEpoch::Last,

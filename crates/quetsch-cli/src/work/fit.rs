@@ -115,6 +115,7 @@ impl Fit<'_> {
             fs::remove_dir_all(&best_dir).with_context(|| format!("cannot remove {}", best_dir.display()))?;
         }
         let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), resume)?;
+        ui.note(format!("{}: matrix products in {}", self.name, s.precision.here().name()));
         let set = TrainSet { encodings: &self.encoded.train, labels: &self.corpus.train.labels };
         let state = State { dir: &state_dir, every_steps: s.save_every, resume, key: self.key.to_string() };
         let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
@@ -210,6 +211,7 @@ impl Fit<'_> {
             freeze: s.freeze.clone(),
             seed: s.seed.unwrap_or(42),
             threads: self.threads,
+            precision: s.precision.here(),
         }
     }
 

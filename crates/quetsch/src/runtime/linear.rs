@@ -165,7 +165,7 @@ fn in_float(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Weight {
     }
     let rows: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::W(*s)).into_owned()).collect();
     let mut out = vec![0; Precision::F32.panels_len(k, n)];
-    panels::pack_panels_across(Precision::F32, |c| &rows[c * k..(c + 1) * k], k, 0..n.div_ceil(16), n, &mut out);
+    panels::pack_panels_across(Precision::F32, |c| &rows[c * k..(c + 1) * k], k, n, &mut out);
     Weight::Panels(out)
 }
 
@@ -256,7 +256,7 @@ fn four_bits(
     for first in (0..n).step_by(COLUMNS) {
         let width = COLUMNS.min(n - first);
         four_bit::decode(&w.packed, w.block, first * k..(first + width) * k, table, &mut rows);
-        panels::pack_panels_across(p, |c| &rows[c * k..(c + 1) * k], k, 0..width.div_ceil(16), width, &mut right);
+        panels::pack_panels_across(p, |c| &rows[c * k..(c + 1) * k], k, width, &mut right);
         panels::multiply(p, Left::rows(&left, p, k), &right, m, width, k, &mut out[first..], step, Write::Set);
     }
     if bf16 {

@@ -63,6 +63,7 @@ fn comparison() -> Comparison {
         data: Measured { test: EVIL.into(), test_blake3: "0".into(), train: Some(EVIL.into()) },
         command: EVIL.into(),
         recipe: Some(EVIL.into()),
+        chosen: None,
         variants: vec![first, second, baseline],
         gates: vec![Checked { gate: EVIL.into(), variant: "small".into(), found: "1".into(), met: false }],
     }

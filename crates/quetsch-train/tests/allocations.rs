@@ -1,0 +1,86 @@
+//! After the first steps, a step allocates lists of indices, but no buffer: neither activations nor gradients nor packed
+//! operands.
+
+#![allow(unsafe_code)] // an allocator that counts
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::sentences;
+use quetsch::checkpoint::Checkpoint;
+use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
+use quetsch_train::optim::{AdamW, Rates};
+use quetsch_train::params::Params;
+use quetsch_train::step::{Task, TrainSet, Worker, gradients};
+use quetsch_train::{Dropout, Hard, Objective, Precision};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// An index list of a batch stays below this; the smallest buffer, of 200 tokens times 64, is three times as large.
+const LARGE: usize = 16 << 10;
+
+struct Counting;
+static BUFFERS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed to the system allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, l: Layout) -> *mut u8 {
+        BUFFERS.fetch_add(usize::from(l.size() >= LARGE), Ordering::Relaxed);
+        // SAFETY: as the caller promised.
+        unsafe { System.alloc(l) }
+    }
+    unsafe fn dealloc(&self, p: *mut u8, l: Layout) {
+        // SAFETY: as the caller promised.
+        unsafe { System.dealloc(p, l) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn steps_after_the_first_allocate_no_buffer() {
+    let layer = LayerShape { heads: vec![0, 1, 2, 3], ffn: 128 };
+    let spec = ModelSpec {
+        family: Family::Bert,
+        prefix: "bert.".into(),
+        vocab: 30,
+        positions: 16,
+        token_types: 2,
+        hidden: 64,
+        head_dim: 16,
+        original_heads: 4,
+        layers: vec![layer; 3],
+        ffn_activation: Activation::Gelu,
+        norm_eps: 1e-12,
+        head: HeadSpec::MeanMlp { labels: 3 },
+        unused_pooler: false,
+    };
+    let labels = ["a", "b", "c"].map(String::from).to_vec();
+    let ck = Checkpoint::random(spec, labels, 1).unwrap();
+    let encodings = sentences(300, 30, 4);
+    let labels: Vec<u32> = (0..300).map(|i| i % 3).collect();
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let objective = Objective::CrossEntropy(Hard::default());
+    let dropout = Dropout { hidden: 0.1, attention: 0.1, head: 0.1 };
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut params = Params::with(&ck, &[], precision, 2);
+        let mut adamw = AdamW::new(&params);
+        let mut team = Worker::team(&params, 2);
+        let rates = Rates { body: 1e-4, head: 1e-4, decay: 0.01, clip: 1.0 };
+        let mut counts = vec![];
+        for round in 0..4 {
+            for first in [0, 100, 200] {
+                let before = BUFFERS.load(Ordering::Relaxed);
+                let examples: Vec<usize> = (first..first + 100).collect();
+                adamw.catch_up(&mut params, examples.iter().flat_map(|e| &encodings[*e].ids));
+                let task = Task { params: &params, set, objective, dropout, seed: 1, masks: None };
+                gradients(&task, round, &examples, 100, &mut team).unwrap();
+                adamw.update(&mut params, &mut team, rates);
+                counts.push(BUFFERS.load(Ordering::Relaxed) - before);
+            }
+        }
+        assert!(counts[0] > 10, "the first step makes the buffers: {counts:?}");
+        assert!(counts[6..].iter().all(|n| *n == 0), "{precision:?}: {counts:?}");
+    }
+}

@@ -1,6 +1,7 @@
 //! 4-bit blocks: decoding by table.
 
 use crate::isa::{Isa, isa};
+use crate::math;
 use std::ops::Range;
 
 /// Decodes elements `range` of a tensor of two elements a byte (the first in the high nibble); `table(b)` gives the
@@ -18,6 +19,27 @@ pub fn decode(
         let (values, end) = (table(i / block), ((i / block + 1) * block).min(range.end));
         lookup(packed, i..end, &values, &mut out[i - range.start..end - range.start], isa);
         i = end;
+    }
+}
+
+kernel! {
+    /// The sixteen values of a block, map * scale, rounded to f16 and then to bf16 where asked.
+    pub fn table(map: &[f32; 16], scale: f32, f16: bool, bf16: bool) -> [f32; 16] {
+        let mut out = *map;
+        for v in &mut out {
+            *v *= scale;
+        }
+        if f16 {
+            for v in &mut out {
+                *v = math::f16(*v);
+            }
+        }
+        if bf16 {
+            for v in &mut out {
+                *v = math::bf16(*v);
+            }
+        }
+        out
     }
 }
 
@@ -57,20 +79,6 @@ fn lookup_avx512(bytes: &[u8], values: &[f32; 16], out: &mut [f32]) {
     }
 }
 
-kernel! {
-    /// `rows` `[n, k]` -> `out` `[k, n]`, in strips of 16 columns so that what is written stays in L1.
-    pub fn transpose(rows: &[f32], n: usize, k: usize, out: &mut [f32]) {
-        for first in (0..k).step_by(16) {
-            let last = (first + 16).min(k);
-            for (c, row) in rows[..n * k].chunks_exact(k.max(1)).enumerate() {
-                for (i, v) in row[first..last].iter().enumerate() {
-                    out[(first + i) * n + c] = *v;
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,20 +104,6 @@ mod tests {
             lookup(&packed, range.clone(), &values, &mut plain, Isa::Scalar);
             lookup(&packed, range.clone(), &values, &mut best, Isa::best());
             assert_eq!(plain, best, "{range:?}");
-        }
-    }
-
-    #[test]
-    fn transposing_twice_is_nothing() {
-        for (n, k) in [(1, 1), (3, 50), (64, 33), (2, 0), (17, 16)] {
-            let x: Vec<f32> = (0..n * k).map(|i| i as f32).collect();
-            let (mut y, mut z) = (vec![0.0; n * k], vec![0.0; n * k]);
-            if k > 0 {
-                transpose(&x, n, k, &mut y);
-                transpose(&y, k, n, &mut z);
-                assert_eq!((x[0], y.get(n)), (z[0], x.get(1)), "{n}x{k}");
-            }
-            assert_eq!(x, z);
         }
     }
 }

@@ -78,9 +78,9 @@ pub struct Matrix {
 enum Packed {
     /// `[n, k]`, row-major.
     Plain(Vec<i8>),
-    /// Panels `[n / 16][stride(k) / 4][16][4]`, zeros behind n and k, and 128 * the sum of every row.
-    Vnni(Vec<i8>, Vec<i32>),
-    /// The same panels, for AMX.
+    /// Panels `[n / 16][stride(k) / 4][16][4]` of w + 128, so that AVX512-VNNI may take them for unsigned.
+    Vnni(Vec<i8>),
+    /// The same panels of w, for AMX.
     Amx(Vec<i8>),
 }
 
@@ -99,15 +99,14 @@ impl Matrix {
             return Matrix { packed: Packed::Plain(values.to_vec()), scale, k };
         }
         let (panels, quads) = (scale.len().div_ceil(LANES), stride(k) / 4);
-        let mut packed = vec![0; panels * quads * LANES * 4];
-        let mut sums = vec![0; panels * LANES];
+        let flip = if isa < Isa::Amx { -128 } else { 0 };
+        let mut packed = vec![flip; panels * quads * LANES * 4];
         for (c, row) in values.chunks_exact(k.max(1)).enumerate() {
             for (i, v) in row.iter().enumerate() {
-                packed[((c / LANES * quads + i / 4) * LANES + c % LANES) * 4 + i % 4] = *v;
+                packed[((c / LANES * quads + i / 4) * LANES + c % LANES) * 4 + i % 4] = *v ^ flip;
             }
-            sums[c] = 128 * row.iter().map(|v| i32::from(*v)).sum::<i32>();
         }
-        let packed = if isa < Isa::Amx { Packed::Vnni(packed, sums) } else { Packed::Amx(packed) };
+        let packed = if isa < Isa::Amx { Packed::Vnni(packed) } else { Packed::Amx(packed) };
         Matrix { packed, scale, k }
     }
 
@@ -124,19 +123,18 @@ impl Matrix {
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
         let packed = match &self.packed {
-            Packed::Plain(v) | Packed::Amx(v) => v.len(),
-            Packed::Vnni(v, sums) => v.len() + 4 * sums.len(),
+            Packed::Plain(v) | Packed::Vnni(v) | Packed::Amx(v) => v.len(),
         };
         packed + 4 * self.scale.len()
     }
 
     /// Row `c` of the matrix's transpose, as floats: `out[j] = w[j][c] * scale[j]`.
     pub fn column(&self, c: usize, out: &mut [f32]) {
+        let panel = |j: usize| ((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4;
         let at = |j: usize| match &self.packed {
             Packed::Plain(w) => w[j * self.k + c],
-            Packed::Vnni(w, _) | Packed::Amx(w) => {
-                w[((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4]
-            }
+            Packed::Vnni(w) => w[panel(j)] ^ -128,
+            Packed::Amx(w) => w[panel(j)],
         };
         for (j, (o, scale)) in out.iter_mut().zip(&self.scale).enumerate() {
             *o = f32::from(at(j)) * scale;
@@ -156,15 +154,15 @@ impl Matrix {
         match &self.packed {
             Packed::Plain(w) => plain(x, w, &self.scale, self.k, bias, f, out, step),
             #[cfg(target_arch = "x86_64")]
-            Packed::Vnni(w, sums) => {
-                let product = vnni::Product { x, k: self.k, w, sums, scale: &self.scale, bias, f, step };
+            Packed::Vnni(w) => {
+                let product = vnni::Product { x, k: self.k, w, scale: &self.scale, bias, f, step };
                 // SAFETY: `Packed::Vnni` is made only where `isa()` saw AVX512-VNNI (tests: `Isa::best()`); the
                 // asserts above are what `vnni::product` asks for.
                 unsafe { vnni::product(&product, out) }
             }
             #[cfg(target_arch = "x86_64")]
             Packed::Amx(w) => {
-                let product = vnni::Product { x, k: self.k, w, sums: &[], scale: &self.scale, bias, f, step };
+                let product = vnni::Product { x, k: self.k, w, scale: &self.scale, bias, f, step };
                 // SAFETY: as above: `isa()` saw that AMX works.
                 unsafe { amx::int8(&product, out) }
             }

@@ -74,14 +74,26 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + ra.iter().zip(rb).map(|(a, b)| a * b).sum::<f32>()
 }
 
-/// x = f(x).
+/// x = f(x). Plain loops: a closure handed to an iterator may be compiled apart, for the base instruction set.
 #[inline(always)]
-pub fn activate(x: &mut [f32], f: Activation) {
+pub(crate) fn activate(x: &mut [f32], f: Activation) {
     match f {
         Activation::Identity => {}
-        Activation::Gelu => x.iter_mut().for_each(|v| *v = gelu(*v)),
-        Activation::Relu => x.iter_mut().for_each(|v| *v = v.max(0.0)),
-        Activation::Tanh => x.iter_mut().for_each(|v| *v = v.tanh()),
+        Activation::Gelu => {
+            for v in x {
+                *v = gelu(*v);
+            }
+        }
+        Activation::Relu => {
+            for v in x {
+                *v = v.max(0.0);
+            }
+        }
+        Activation::Tanh => {
+            for v in x {
+                *v = v.tanh();
+            }
+        }
     }
 }
 
@@ -202,6 +214,57 @@ kernel! {
     }
 }
 
+kernel! {
+    /// y = f(bf16(y + bf16(bias))) on rows as in [`bias_activation`].
+    pub fn bias_activation_bf16(y: &mut [f32], step: usize, bias: &[f32], f: Activation) {
+        if bias.is_empty() {
+            return;
+        }
+        for row in y.chunks_mut(step) {
+            let row = &mut row[..bias.len()];
+            row.iter_mut().zip(bias).for_each(|(y, b)| *y = bf16(*y + bf16(*b)));
+            activate(row, f);
+        }
+    }
+}
+
+kernel! {
+    /// Rounds every value to IEEE half precision, ties to even; beyond its range to infinity.
+    pub fn round_to_f16(x: &[f32], y: &mut [f32]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = f16(*x));
+    }
+}
+
+kernel! {
+    /// The largest absolute value of each column of rows of `out.len()`.
+    pub fn column_absmax(x: &[f32], out: &mut [f32]) {
+        out.fill(0.0);
+        for row in x.chunks_exact(out.len().max(1)) {
+            out.iter_mut().zip(row).for_each(|(m, v)| *m = if v.abs() > *m { v.abs() } else { *m });
+        }
+    }
+}
+
+kernel! {
+    /// y += a x.
+    pub fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
+    }
+}
+
+/// The nearest half-precision number, ties to even.
+#[inline(always)]
+pub fn f16(x: f32) -> f32 {
+    let bits = x.to_bits() & 0x7fff_ffff;
+    let size = f32::from_bits(bits);
+    let normal = f32::from_bits(bits.wrapping_add(0xfff + ((bits >> 13) & 1)) & 0xffff_e000);
+    // Below 2^-14 numbers lie 2^-24 apart, as f32 do between 1/2 and 1.
+    let small = (size + 0.5) - 0.5;
+    let rounded = if size < 6.103_515_6e-5 { small } else { normal };
+    let rounded = if rounded > 65504.0 { f32::INFINITY } else { rounded };
+    f32::from_bits(if x.is_nan() { x.to_bits() } else { rounded.to_bits() | (x.to_bits() & 0x8000_0000) })
+}
+
 /// The nearest bfloat16, ties to even.
 #[inline(always)]
 pub fn bf16(x: f32) -> f32 {
@@ -264,6 +327,29 @@ mod tests {
         assert_eq!(bf16(1.0 + half), 1.0);
         assert_eq!(bf16(1.0 + 3.0 * half), 1.0 + 4.0 * half);
         assert!(bf16(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn f16_rounds_to_even_and_keeps_its_edges() {
+        let step = 2f32.powi(-10); // between neighbours above 1
+        let tiny = 2f32.powi(-24); // the smallest
+        let rows = [
+            (1.0 + 0.5 * step, 1.0),
+            (1.0 + 1.5 * step, 1.0 + 2.0 * step),
+            (-1.0 - 0.75 * step, -1.0 - step),
+            (0.5 * tiny, 0.0),
+            (0.75 * tiny, tiny),
+            (-2.5 * tiny, -2.0 * tiny),
+            (65519.0, 65504.0),
+            (65520.0, f32::INFINITY),
+            (-1e30, f32::NEG_INFINITY),
+            (f32::INFINITY, f32::INFINITY),
+            (0.0, 0.0),
+        ];
+        for (x, want) in rows {
+            assert_eq!(f16(x), want, "{x}");
+        }
+        assert!(f16(f32::NAN).is_nan() && f16(-0.0).is_sign_negative());
     }
 
     #[test]

@@ -424,7 +424,7 @@ mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Block, LINE, Left, Precision, TALL, Tile, WIDE};
+    use super::{Block, LINE, Left, Precision, Tile, WIDE};
     use std::arch::x86_64::*;
 
     /// 16 x 16 words, in four rounds of shuffles.
@@ -522,6 +522,18 @@ mod avx512 {
         }
     }
 
+    /// Calls a tile of constant sizes.
+    macro_rules! sizes {
+        ($fixed:ident, $t:ident, $out:ident, $rows:expr, $panels:expr, [$($r:literal)*]) => {
+            match ($rows, $panels) {
+                $(($r, 1) => $fixed::<$r, 1>($t, $out),
+                ($r, 2) => $fixed::<$r, 2>($t, $out),
+                ($r, WIDE) => $fixed::<$r, WIDE>($t, $out),)*
+                _ => unreachable!("at most TALL rows and WIDE panels"),
+            }
+        };
+    }
+
     macro_rules! tiles {
         ($tile:ident, $fixed:ident, $features:literal, |$sum:ident, $a:ident, $b:ident| $step:expr) => {
             /// # Safety
@@ -530,37 +542,18 @@ mod avx512 {
             pub unsafe fn $tile(t: &Tile, out: &mut [f32]) {
                 // SAFETY: passed on.
                 unsafe {
-                    match (t.rows, t.cols.div_ceil(LINE)) {
-                        (TALL, WIDE) => $fixed::<TALL, WIDE>(t, 0, 0, out),
-                        (rows, panels) => {
-                            // Edges: at most four rows at a time, panel after panel.
-                            for panel in 0..panels {
-                                let mut r = 0;
-                                while rows - r >= 4 {
-                                    $fixed::<4, 1>(t, r, panel, out);
-                                    r += 4;
-                                }
-                                match rows - r {
-                                    1 => $fixed::<1, 1>(t, r, panel, out),
-                                    2 => $fixed::<2, 1>(t, r, panel, out),
-                                    3 => $fixed::<3, 1>(t, r, panel, out),
-                                    _ => {}
-                                }
-                            }
-                        }
-                    }
+                    sizes!($fixed, t, out, t.rows, t.cols.div_ceil(LINE), [1 2 3 4 5 6 7 8]);
                 }
             }
 
-            /// `R` rows from `row` on times `P` panels from `panel` on.
+            /// `R` rows times `P` panels.
             ///
             /// # Safety
-            /// As above; the rows and panels lie inside the tile.
+            /// As above; the tile has these sizes.
             #[target_feature(enable = $features)]
-            unsafe fn $fixed<const R: usize, const P: usize>(t: &Tile, row: usize, panel: usize, out: &mut [f32]) {
+            unsafe fn $fixed<const R: usize, const P: usize>(t: &Tile, out: &mut [f32]) {
                 let mut sums = [[_mm512_setzero_ps(); P]; R];
-                let a_rows = t.a[row * t.a_row..].as_ptr();
-                let panels = t.b[panel * t.panel..].as_ptr();
+                let (a_rows, panels) = (t.a.as_ptr(), t.b.as_ptr());
                 for w in 0..t.words {
                     // SAFETY: `multiply` checked that A has `words` words in each row and B a whole panel each.
                     let b: [__m512; P] = std::array::from_fn(|p| unsafe {
@@ -577,9 +570,9 @@ mod avx512 {
                 }
                 for (r, sums) in sums.iter().enumerate() {
                     for (p, sum) in sums.iter().enumerate() {
-                        let c = (panel + p) * LINE;
+                        let c = p * LINE;
                         let mask = u16::MAX >> (LINE - LINE.min(t.cols - c));
-                        let at = out[(row + r) * t.stride + c..].as_mut_ptr();
+                        let at = out[r * t.stride + c..].as_mut_ptr();
                         // SAFETY: the mask keeps the access inside the row, which `multiply` checked.
                         unsafe {
                             let old = if t.add { _mm512_maskz_loadu_ps(mask, at) } else { _mm512_setzero_ps() };

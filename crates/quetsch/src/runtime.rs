@@ -182,6 +182,7 @@ impl Model {
 pub struct Workspace {
     floats: Vec<Vec<f32>>,
     bytes: Vec<Vec<i8>>,
+    words: Vec<Vec<u32>>,
 }
 
 fn take<T: Clone + Default>(free: &mut Vec<Vec<T>>, len: usize) -> Vec<T> {
@@ -201,6 +202,10 @@ impl Workspace {
     }
     fn bytes(&mut self, len: usize) -> Vec<i8> {
         take(&mut self.bytes, len)
+    }
+
+    fn words(&mut self, len: usize) -> Vec<u32> {
+        take(&mut self.words, len)
     }
 
     /// Room for `[rows, k]` as int8.

@@ -5,8 +5,11 @@ use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::quant::four_bit::{Compute, FourBit};
 use crate::quant::int8::Int8Input;
 use crate::spec::{Activation, Lin, Tensor};
-use quetsch_kernels::gemm::{Size, matmul};
-use quetsch_kernels::{four_bit, int8, math};
+use quetsch_kernels::gemm::{Size, Write, matmul};
+use quetsch_kernels::isa::{Isa, bf16_is_fast, isa};
+use quetsch_kernels::panels::{Left, Precision, Source};
+use quetsch_kernels::{four_bit, int8, math, panels};
+use std::collections::BTreeMap;
 
 /// What a linear reads.
 pub struct Input<'a> {
@@ -24,6 +27,8 @@ pub struct Input<'a> {
 enum Weight {
     /// f32 `[k, n]`: f32, f16, bf16 and weight-only int8 storage alike.
     Dense(Vec<f32>),
+    /// The same in panels of 16 columns, where AVX-512 multiplies them.
+    Panels(Vec<u32>),
     /// int8 rows; the input quantised by row at run time.
     Int8(int8::Matrix),
     /// int8 rows; all inputs quantised with one absmax.
@@ -59,9 +64,9 @@ impl Linear {
         for group in sites.chunk_by(|a, b| one_matrix(ck.get(Tensor::W(*a)), ck.get(Tensor::W(*b)))) {
             let n = group.iter().map(|s| ck.get(Tensor::B(*s)).len()).sum();
             let weight = match ck.get(Tensor::W(group[0])) {
-                Stored::Float { .. } => Weight::Dense(transposed(ck, group, k, n)),
+                Stored::Float { .. } => in_float(ck, group, k, n),
                 Stored::Int8(q) => match q.input {
-                    Int8Input::Float => Weight::Dense(transposed(ck, group, k, n)),
+                    Int8Input::Float => in_float(ck, group, k, n),
                     Int8Input::Dynamic => Weight::Int8(int8_matrix(ck, group, k)),
                     Int8Input::Static { absmax } => Weight::Static { matrix: int8_matrix(ck, group, k), absmax },
                     Int8Input::Mixed { threshold } => {
@@ -109,6 +114,12 @@ impl Linear {
                     matmul(size, x.values, w, out, step);
                     math::bias_activation(out, step, bias, f);
                 }
+                Weight::Panels(w) => {
+                    let rows = Left::f32_rows(Source { data: x.values, stride: self.k });
+                    let Size { m, n, k } = size;
+                    panels::multiply(Precision::F32, rows, w, m, n, k, out, step, Write::Set);
+                    math::bias_activation(out, step, bias, f);
+                }
                 Weight::Int8(w) => match x.int8 {
                     Some(x) => w.multiply(x, bias, f, out, step),
                     None => dynamic(x.values, x.rows, w, bias, f, ws, out, step),
@@ -119,12 +130,13 @@ impl Linear {
                     ws.free(x);
                 }
                 Weight::Mixed { matrix, threshold } => {
-                    let outliers = take_outliers(x, *threshold);
+                    let outliers = take_outliers(x, self.k, *threshold, ws);
                     dynamic(&outliers.rest, x.rows, matrix, &[], Activation::Identity, ws, out, step);
                     outliers.add_to(matrix, out, step);
+                    ws.floats.push(outliers.rest);
                     math::bias_activation(out, step, bias, f);
                 }
-                Weight::FourBit(w) => panels(size, x.values, w, bias, f, ws, out, step),
+                Weight::FourBit(w) => four_bits(size, x.values, w, bias, f, ws, out, step),
             }
         }
     }
@@ -164,6 +176,17 @@ fn transposed(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Vec<f32> {
     out
 }
 
+/// Weights to be multiplied in f32, in the layout that this machine's product reads.
+fn in_float(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Weight {
+    if isa() < Isa::Avx512 {
+        return Weight::Dense(transposed(ck, sites, k, n));
+    }
+    let rows: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::W(*s)).into_owned()).collect();
+    let mut out = vec![0; Precision::F32.panels_len(k, n)];
+    panels::pack_panels_across(Precision::F32, |c| &rows[c * k..(c + 1) * k], k, n, &mut out);
+    Weight::Panels(out)
+}
+
 /// Input rows quantised by their own absmax at run time.
 #[allow(clippy::too_many_arguments)]
 fn dynamic(
@@ -183,45 +206,46 @@ fn dynamic(
 
 /// The input of LLM.int8() (Dettmers et al. 2022), rounded to f16 and taken apart.
 struct Outliers {
-    /// `[rows, k]` with zeros where an outlier column was.
+    /// `[rows, k]` with zeros where an outlier column was; may be longer.
     rest: Vec<f32>,
     /// (row, column, value)
     taken: Vec<(usize, usize, f32)>,
 }
 
 /// A column is an outlier when some element of the *sequence* reaches the threshold; 0 turns outliers off.
-fn take_outliers(x: &Input, threshold: f32) -> Outliers {
-    let k = x.values.len() / x.rows.max(1);
-    let mut rest: Vec<f32> = x.values.iter().map(|v| FloatType::F16.round(*v)).collect();
-    let mut taken = vec![];
+fn take_outliers(x: &Input, k: usize, threshold: f32, ws: &mut Workspace) -> Outliers {
+    let (mut rest, mut largest, mut taken) = (ws.floats(x.rows * k), ws.floats(k), vec![]);
+    math::round_to_f16(&x.values[..x.rows * k], &mut rest[..x.rows * k]);
     for s in x.starts.windows(2).filter(|_| threshold > 0.0) {
-        for c in 0..k {
-            if (s[0]..s[1]).any(|r| rest[r * k + c].abs() >= threshold) {
-                taken.extend((s[0]..s[1]).map(|r| (r, c, std::mem::take(&mut rest[r * k + c]))));
-            }
+        math::column_absmax(&rest[s[0] * k..s[1] * k], &mut largest[..k]);
+        for c in (0..k).filter(|c| largest[*c] >= threshold) {
+            taken.extend((s[0]..s[1]).map(|r| (r, c, std::mem::take(&mut rest[r * k + c]))));
         }
     }
+    ws.floats.push(largest);
     Outliers { rest, taken }
 }
 
 impl Outliers {
     /// out += taken columns * w, in float.
     fn add_to(&self, w: &int8::Matrix, out: &mut [f32], step: usize) {
-        let (mut column, mut of) = (vec![0.0; w.n()], None);
+        let mut columns = BTreeMap::new();
         for &(r, c, v) in &self.taken {
-            if of.replace(c) != Some(c) {
+            let column = columns.entry(c).or_insert_with(|| {
+                let mut column = vec![0.0; w.n()];
                 w.column(c, &mut column);
-            }
-            out[r * step..].iter_mut().zip(&column).for_each(|(o, w)| *o += v * w);
+                column
+            });
+            math::add_scaled(&mut out[r * step..][..w.n()], v, column);
         }
     }
 }
 
-/// 4-bit weights: `PANEL` output columns are decoded, transposed and multiplied at a time. With [`Compute::Bf16`]
-/// input, weights, bias and result are rounded to bfloat16 and products are summed in f32, as PyTorch's bf16 linear on
-/// dequantised weights does.
+/// 4-bit weights: `COLUMNS` columns of the result are decoded into panels and multiplied at a time. With
+/// [`Compute::Bf16`] input, weights, bias and result are rounded to bfloat16 and products are summed in f32, as
+/// PyTorch's bf16 linear on dequantised weights does; the products of rounded f32 are the same numbers.
 #[allow(clippy::too_many_arguments)]
-fn panels(
+fn four_bits(
     size: Size,
     values: &[f32],
     w: &FourBit,
@@ -229,34 +253,51 @@ fn panels(
     f: Activation,
     ws: &mut Workspace,
     out: &mut [f32],
-    stride: usize,
+    step: usize,
 ) {
-    const PANEL: usize = 64;
+    const COLUMNS: usize = 48; // one tile of the product; decoded rows and panels stay in the second-level cache
     let Size { m, n, k } = size;
     let bf16 = w.compute == Compute::Bf16;
-    let round = |v: f32| if bf16 { math::bf16(v) } else { v };
+    let p = if bf16 && bf16_is_fast() { Precision::Bf16 } else { Precision::F32 };
+    let map = std::array::from_fn(|i| w.map[i]);
     let table = |b: usize| {
-        let scale = w.absmax.scale(b);
-        std::array::from_fn(|i| round(w.source.round(w.map[i] * scale)))
+        four_bit::table(&map, w.absmax.scale(b), w.source == FloatType::F16, bf16 || w.source == FloatType::Bf16)
     };
-    let (mut rows, mut panel, mut x) = (ws.floats(PANEL * k), ws.floats(PANEL * k), ws.floats(m * k));
+    let (mut rows, mut x) = (ws.floats(COLUMNS * k), ws.floats(m * k));
+    let (mut left, mut right) = (ws.words(p.rows_len(m, k)), ws.words(p.panels_len(k, COLUMNS)));
     if bf16 {
         math::round_to_bf16(&values[..m * k], &mut x[..m * k]);
     } else {
         x[..m * k].copy_from_slice(&values[..m * k]);
     }
-    for first in (0..n).step_by(PANEL) {
-        let width = PANEL.min(n - first);
+    panels::pack_rows(p, Source { data: &x, stride: k }, m, k, &mut left);
+    for first in (0..n).step_by(COLUMNS) {
+        let width = COLUMNS.min(n - first);
         four_bit::decode(&w.packed, w.block, first * k..(first + width) * k, table, &mut rows);
-        four_bit::transpose(&rows, width, k, &mut panel);
-        matmul(Size { m, n: width, k }, &x[..m * k], &panel[..width * k], &mut out[first..], stride);
-        for r in 0..m {
-            let row = &mut out[r * stride + first..][..width];
-            row.iter_mut().zip(&bias[first..]).for_each(|(v, b)| *v = round(*v + round(*b)));
+        panels::pack_panels_across(p, |c| &rows[c * k..(c + 1) * k], k, width, &mut right);
+        panels::multiply(p, Left::rows(&left, p, k), &right, m, width, k, &mut out[first..], step, Write::Set);
+    }
+    if bf16 {
+        math::bias_activation_bf16(out, step, bias, f);
+    } else {
+        math::bias_activation(out, step, bias, f);
+    }
+    [rows, x].into_iter().for_each(|b| ws.floats.push(b));
+    [left, right].into_iter().for_each(|b| ws.words.push(b));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_precision_is_rounded_as_stored_weights_are() {
+        let x: Vec<f32> = (0..200_000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761))).collect();
+        let mut got = vec![0.0; x.len()];
+        math::round_to_f16(&x, &mut got);
+        for (x, got) in x.iter().zip(got) {
+            let want = FloatType::F16.round(*x);
+            assert!(got.to_bits() == want.to_bits() || x.is_nan() && got.is_nan(), "{x}: {got} != {want}");
         }
     }
-    if f != Activation::Identity {
-        (0..m).for_each(|r| math::activate(&mut out[r * stride..][..n], f));
-    }
-    [rows, panel, x].into_iter().for_each(|b| ws.floats.push(b));
 }

@@ -481,6 +481,8 @@ mod avx512 {
                 unsafe {
                     match (t.rows, t.cols.div_ceil(LINE)) {
                         (TALL, WIDE) => $fixed::<TALL, WIDE>(t, 0, 0, out),
+                        (TALL, 2) => $fixed::<TALL, 2>(t, 0, 0, out),
+                        (TALL, 1) => $fixed::<TALL, 1>(t, 0, 0, out),
                         (rows, panels) => {
                             // Edges: at most four rows at a time, panel after panel.
                             for panel in 0..panels {

@@ -1,8 +1,9 @@
 //! Development tasks: `cargo xtask check` is what a change must pass, `cargo xtask e2e` is the whole path on real
-//! data, `cargo xtask fixtures` writes the golden files again.
+//! data, `cargo xtask portable` runs kernel tests on emulated CPUs, `cargo xtask fixtures` writes the golden files again.
 
 mod e2e;
 mod house;
+mod portable;
 
 use anyhow::{Context, Result, bail, ensure};
 use std::path::Path;
@@ -11,6 +12,7 @@ use std::process::Command;
 const USAGE: &str = "\
 cargo xtask check [PART..]                           all parts, or some of: fmt house licences clippy docs tests
 cargo xtask e2e --model DIR --data DIR [--out DIR]   recipes/banking77.toml on real data; gates on accuracy, never on time
+cargo xtask portable                                 kernel tests on CPUs that this machine is not (qemu-user)
 cargo xtask fixtures [PART..]                        write fixtures/ again with Python (scripts/make_fixtures.py)";
 
 /// A part of `check`: its name and what it does.
@@ -31,6 +33,7 @@ fn main() -> Result<()> {
     match args.split_first() {
         Some((task, parts)) if task == "check" => check(parts),
         Some((task, options)) if task == "e2e" => e2e::run(options),
+        Some((task, [])) if task == "portable" => portable::run(),
         Some((task, parts)) if task == "fixtures" => run(python("scripts/make_fixtures.py").args(parts)),
         _ => bail!("expected one of\n{USAGE}"),
     }

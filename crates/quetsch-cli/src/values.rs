@@ -159,6 +159,40 @@ impl<'de> Deserialize<'de> for Amount {
     }
 }
 
+/// A difference of accuracies in points: `0.5` or `0.5pt`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Points(pub f64);
+
+impl FromStr for Points {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Points, String> {
+        let number = text.trim().strip_suffix("pt").unwrap_or(text).trim();
+        number.parse().map(Points).map_err(|_| format!("`{text}` is no number of points, such as 0.5 or 0.5pt"))
+    }
+}
+
+impl fmt::Display for Points {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Points {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Points, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Number(f64),
+            Text(String),
+        }
+        match Form::deserialize(d)? {
+            Form::Number(x) => Ok(Points(x)),
+            Form::Text(text) => text.parse().map_err(de::Error::custom),
+        }
+    }
+}
+
 /// A scheme for the sites that match a pattern; recipes may write `{ site = "..", scheme = ".." }` or `"..=.."`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "SiteRuleForm")]
@@ -201,6 +235,15 @@ impl FromStr for SiteRule {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn points() {
+        for (text, want) in
+            [("0.5", Some(0.5)), ("0.5pt", Some(0.5)), (" 1 pt", Some(1.0)), ("half", None), ("", None)]
+        {
+            assert_eq!(text.parse().ok(), want.map(Points), "{text}");
+        }
+    }
 
     #[test]
     fn amounts() {

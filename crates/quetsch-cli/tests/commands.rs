@@ -48,6 +48,7 @@ fn help_names_the_commands_that_exist() {
     for command in [
         "demo",
         "run",
+        "search",
         "train",
         "distill",
         "prune",
@@ -65,7 +66,6 @@ fn help_names_the_commands_that_exist() {
     ] {
         assert!(help.contains(&format!("\n  {command} ")), "{command} is not in the help:\n{help}");
     }
-    assert!(!help.contains("search"), "there is no such command yet");
     assert!(Place::new().ok("completions bash").stdout.contains("quetsch"));
     assert!(Place::new().ok("man").stdout.contains(".TH"));
 }
@@ -193,8 +193,16 @@ fn small_commands() {
     assert_eq!(inspect["layers"][0]["pruned_heads"], serde_json::json!([1, 3]));
     let eval = json(&place.ok("eval --model model --data test.csv --format json").stdout);
     assert_eq!(eval["n"], 5);
-    let bench = json(&place.ok("bench --model model --samples 20 --format json").stdout);
+    let bench = json(
+        &place
+            .ok("bench --model model --against model --samples 20 --seconds 0.01 --lengths 8,16,4000 --format json")
+            .stdout,
+    );
     assert!(bench["latency_ms"]["p99"].as_f64() >= bench["latency_ms"]["p50"].as_f64());
+    let lengths = bench["by_length"].as_array().expect("a list");
+    assert_eq!(lengths.iter().map(|l| l["tokens"].as_u64()).collect::<Vec<_>>(), [Some(8), Some(16)]);
+    assert_eq!(bench["work"]["arithmetic"], "f32");
+    assert!(bench["memory_mb"]["weights"].is_f64() && bench["against"]["latency_ratio"]["8"].is_f64());
     place.ok("export --model model --to hf --layout dense --out dense");
     let dense = json(&place.ok("inspect dense --format json").stdout);
     assert_eq!(dense["layers"][0]["pruned_heads"], serde_json::json!([]));

@@ -23,6 +23,7 @@ pub fn decode(
 
 /// Elements `range` of one block.
 fn lookup(packed: &[u8], range: Range<usize>, values: &[f32; 16], out: &mut [f32], isa: Isa) {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx512 && range.start.is_multiple_of(2) {

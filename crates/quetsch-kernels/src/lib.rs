@@ -7,6 +7,8 @@
 
 #[macro_use]
 pub mod isa;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod attention_train;
 pub mod four_bit;
@@ -16,7 +18,10 @@ pub mod math;
 pub mod norm;
 pub mod optim;
 pub mod panels;
+pub mod peak;
 pub mod rows;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 pub use math::Activation;
 pub use rows::Pool;

@@ -77,22 +77,27 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + ra.iter().zip(rb).map(|(a, b)| a * b).sum::<f32>()
 }
 
+/// x = f(x).
 #[inline(always)]
-fn each_row(y: &mut [f32], bias: &[f32], f: impl Fn(f32) -> f32) {
-    for row in y.chunks_exact_mut(bias.len()) {
-        row.iter_mut().zip(bias).for_each(|(y, b)| *y = f(*y + b));
+pub fn activate(x: &mut [f32], f: Activation) {
+    match f {
+        Activation::Identity => {}
+        Activation::Gelu => x.iter_mut().for_each(|v| *v = gelu(*v)),
+        Activation::Relu => x.iter_mut().for_each(|v| *v = v.max(0.0)),
+        Activation::Tanh => x.iter_mut().for_each(|v| *v = v.tanh()),
     }
 }
 
 kernel! {
-    /// y = f(y + bias) on every row of `bias.len()`.
-    pub fn bias_activation(y: &mut [f32], bias: &[f32], f: Activation) {
-        match f {
-            _ if bias.is_empty() => {}
-            Activation::Identity => each_row(y, bias, |v| v),
-            Activation::Gelu => each_row(y, bias, gelu),
-            Activation::Relu => each_row(y, bias, |v| v.max(0.0)),
-            Activation::Tanh => each_row(y, bias, f32::tanh),
+    /// y = f(y + bias) on the first `bias.len()` columns of rows that start every `step` values.
+    pub fn bias_activation(y: &mut [f32], step: usize, bias: &[f32], f: Activation) {
+        if bias.is_empty() {
+            return;
+        }
+        for row in y.chunks_mut(step) {
+            let row = &mut row[..bias.len()];
+            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            activate(row, f);
         }
     }
 }
@@ -112,7 +117,11 @@ kernel! {
         }
         match f {
             _ if bias.is_empty() => {}
-            Activation::Identity => each_row(x, bias, |v| v),
+            Activation::Identity => {
+                for row in x.chunks_exact_mut(bias.len()) {
+                    row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+                }
+            }
             Activation::Gelu => both(x, bias, y, gelu),
             Activation::Relu => both(x, bias, y, |v| v.max(0.0)),
             Activation::Tanh => both(x, bias, y, f32::tanh),

@@ -11,7 +11,9 @@
 //! Padding is zero. Values are rounded to bf16 to nearest, ties to even, by the same integer code on every tier.
 
 use crate::gemm::Write;
-use crate::isa::{Isa, bf16_dot, bf16_is_fast, isa};
+use crate::isa::bf16_is_fast;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Isa, bf16_dot, isa};
 
 /// The inputs' type; sums are f32 in both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -244,7 +246,7 @@ macro_rules! on_every_isa {
         #[cfg(target_arch = "x86_64")]
         match isa() {
             // SAFETY: `isa()` is at most what this CPU has.
-            Isa::Avx512 | Isa::Avx512Vnni => return unsafe { avx512::$name($($arg),*) },
+            Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => return unsafe { avx512::$name($($arg),*) },
             // SAFETY: as above.
             Isa::Avx2 => return unsafe { avx2::$name($($arg),*) },
             Isa::Scalar => {}
@@ -298,6 +300,11 @@ pub fn multiply(
     let add = write == Write::Add;
     // A block of A's rows stays in the second-level cache while all panels pass by.
     let block = (BLOCK_WORDS / used.max(1)).next_multiple_of(TALL).min(m);
+    #[cfg(target_arch = "x86_64")]
+    if p == Precision::Bf16 && isa() == Isa::Amx {
+        // SAFETY: `isa()` saw that AMX works, and that implies AVX-512.
+        return unsafe { avx512::tiles_of_rows(a, b, m, n, k, block, out, stride, add) };
+    }
     for first in (0..m).step_by(block) {
         for c in (0..n).step_by(WIDE * LINE) {
             let end = (first + block).min(m);
@@ -417,7 +424,7 @@ mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Block, LINE, Precision, TALL, Tile, WIDE};
+    use super::{Block, LINE, Left, Precision, TALL, Tile, WIDE};
     use std::arch::x86_64::*;
 
     /// 16 x 16 words, in four rounds of shuffles.
@@ -469,6 +476,50 @@ mod avx512 {
         out: &mut [u32],
     ) {
         super::pack_panels_across_by(p, column, k, n, out, |b| transpose(b));
+    }
+
+    /// bf16 on AMX, whose left tiles are rows: panels are turned first.
+    ///
+    /// # Safety
+    /// AMX works here.
+    #[allow(clippy::too_many_arguments)] // as for `multiply`
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn tiles_of_rows(
+        a: Left,
+        b: &[u32],
+        m: usize,
+        n: usize,
+        k: usize,
+        block: usize,
+        out: &mut [f32],
+        stride: usize,
+        add: bool,
+    ) {
+        let p = Precision::Bf16;
+        let words = p.panel_words(k);
+        let mut turned = Vec::new();
+        let (a, row) = match a.panel {
+            None => (a.words, a.row),
+            Some(_) => {
+                turned.resize(p.panels_len(k, m), 0);
+                let panels = a.words.as_chunks::<{ LINE * LINE }>().0.iter().take(turned.len() / (LINE * LINE));
+                for (i, panel) in panels.enumerate() {
+                    let mut block: Block = std::array::from_fn(|w| std::array::from_fn(|r| panel[w * LINE + r]));
+                    transpose(&mut block);
+                    let (first, line) = (i / (words / LINE) * LINE, i % (words / LINE) * LINE);
+                    for (r, row) in block.iter().enumerate() {
+                        turned[(first + r) * words + line..][..LINE].copy_from_slice(row);
+                    }
+                }
+                (&turned[..], words)
+            }
+        };
+        for first in (0..m).step_by(block) {
+            let a = &a[first * row..];
+            let rows = block.min(m - first);
+            // SAFETY: passed on.
+            unsafe { crate::amx::bf16(a, row, rows, b, words, n, &mut out[first * stride..], stride, add) };
+        }
     }
 
     macro_rules! tiles {

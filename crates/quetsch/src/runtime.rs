@@ -17,7 +17,7 @@ use crate::ops::{Inspect, Ops, forward};
 use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
-use quetsch_kernels::{attention, math, norm, rows};
+use quetsch_kernels::{attention, int8, norm, rows};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -27,6 +27,7 @@ use words::Words;
 
 pub use classifier::Classifier;
 pub use quetsch_kernels::isa::{Isa, isa};
+pub use quetsch_kernels::peak;
 
 /// A model packed for this machine; lives in RAM only.
 pub struct Model {
@@ -87,6 +88,12 @@ impl Model {
         Ok(Model { spec: spec.clone(), words, position, token_type, norms, qkv, linears })
     }
 
+    /// Bytes of memory that packed linears and LayerNorms take.
+    pub fn weight_bytes(&self) -> usize {
+        let norms: usize = self.norms.values().map(|(gamma, beta)| 4 * (gamma.len() + beta.len())).sum();
+        norms + self.qkv.iter().chain(self.linears.values()).map(Linear::bytes).sum::<usize>()
+    }
+
     /// Bytes of memory that the embedding tables take now; rows of word embeddings come in as they are read.
     pub fn embedding_bytes(&self) -> usize {
         self.words.memory_bytes() + 4 * (self.position.len() + self.token_type.len())
@@ -95,6 +102,16 @@ impl Model {
     /// The shape.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// The linear that reads what a LayerNorm writes; the pool reads the last one.
+    fn reader(&self, site: Norm) -> Option<&Linear> {
+        match site {
+            Norm::Embeddings if self.spec.is_projected() => self.linears.get(&Lin::EmbedProjection),
+            Norm::Embeddings => self.qkv.first(),
+            Norm::Attention(l) => self.linears.get(&Lin::Up(l)),
+            Norm::Ffn(l) => self.qkv.get(l + 1),
+        }
     }
 
     /// Logits `[sentences, labels]` of a batch, or hidden states `[tokens, hidden]` of a bare body.
@@ -185,6 +202,41 @@ impl Workspace {
     fn bytes(&mut self, len: usize) -> Vec<i8> {
         take(&mut self.bytes, len)
     }
+
+    /// Room for `[rows, k]` as int8.
+    fn int8(&mut self, rows: usize, k: usize) -> Int8 {
+        Int8 { rows, k, q: self.bytes(rows * int8::stride(k)), scale: self.floats(rows) }
+    }
+
+    fn quantise(&mut self, values: &[f32], rows: usize, k: usize) -> Int8 {
+        let mut x = self.int8(rows, k);
+        let (q, scale) = x.parts();
+        int8::quantise(values, k, q, scale);
+        x
+    }
+
+    fn free(&mut self, x: Int8) {
+        self.bytes.push(x.q);
+        self.floats.push(x.scale);
+    }
+}
+
+/// Rows quantised to int8; its buffers may be longer.
+struct Int8 {
+    rows: usize,
+    k: usize,
+    q: Vec<i8>,
+    scale: Vec<f32>,
+}
+
+impl Int8 {
+    fn parts(&mut self) -> (&mut [i8], &mut [f32]) {
+        (&mut self.q[..self.rows * int8::stride(self.k)], &mut self.scale[..self.rows])
+    }
+
+    fn rows(&self) -> int8::Rows<'_> {
+        int8::Rows { q: &self.q[..self.rows * int8::stride(self.k)], scale: &self.scale[..self.rows] }
+    }
 }
 
 /// A ragged activation `[rows, width]`; its buffer may be longer.
@@ -192,6 +244,8 @@ pub struct Act {
     rows: usize,
     width: usize,
     values: Vec<f32>,
+    /// The same as integers, where an int8 linear reads it.
+    int8: Option<Int8>,
 }
 
 /// The forward's operations on a [`Model`].
@@ -212,16 +266,43 @@ impl<'a> CpuOps<'a> {
 
     fn recycle(&mut self, x: Act) {
         self.ws.floats.push(x.values);
+        if let Some(x) = x.int8 {
+            self.ws.free(x);
+        }
     }
 
-    /// f(x W^T + b).
-    fn project(&mut self, linear: &Linear, x: &Act, f: Activation) -> Act {
-        let mut values = self.ws.floats(x.rows * linear.n());
-        let out = &mut values[..x.rows * linear.n()];
-        let input = Input { values: &x.values[..x.rows * x.width], rows: x.rows, starts: &self.starts };
-        linear.run(&input, self.ws, out);
-        math::bias_activation(out, linear.bias(), f);
-        Act { rows: x.rows, width: linear.n(), values }
+    /// f(x W^T + b), and the same quantised for a reader of integers.
+    fn project(&mut self, linear: &Linear, x: &Act, f: Activation, reader: Option<&Linear>) -> Act {
+        let (rows, width) = (x.rows, linear.n());
+        let mut values = self.ws.floats(rows * width);
+        let input = Input {
+            values: &x.values[..rows * x.width],
+            int8: x.int8.as_ref().map(Int8::rows),
+            rows,
+            starts: &self.starts,
+        };
+        linear.run(&input, f, self.ws, &mut values[..rows * width]);
+        self.finish(rows, width, values, reader)
+    }
+
+    /// An activation, quantised where its reader wants integers.
+    fn finish(&mut self, rows: usize, width: usize, values: Vec<f32>, reader: Option<&Linear>) -> Act {
+        let wanted = reader.is_some_and(Linear::reads_int8);
+        let int8 = wanted.then(|| self.ws.quantise(&values[..rows * width], rows, width));
+        Act { rows, width, values, int8 }
+    }
+
+    /// LayerNorm(x + residual).
+    fn normalise(&mut self, site: Norm, mut x: Act, residual: &[f32]) -> Act {
+        let model = self.model;
+        let (gamma, beta) = &model.norms[&site];
+        if model.reader(site).is_some_and(Linear::reads_int8) {
+            x.int8 = Some(self.ws.int8(x.rows, x.width));
+        }
+        let int8 = x.int8.as_mut().map(Int8::parts);
+        let values = &mut x.values[..x.rows * x.width];
+        norm::add_layer_norm(values, residual, gamma, beta, model.spec.norm_eps, int8);
+        x
     }
 }
 
@@ -239,18 +320,17 @@ impl Ops for CpuOps<'_> {
         }
         let tables = rows::Tables { position: &m.position, token_type: &m.token_type, width };
         rows::add_embeddings(tables, &batch.types, &batch.positions, x);
-        let (gamma, beta) = &m.norms[&Norm::Embeddings];
-        norm::layer_norm(x, gamma, beta, m.spec.norm_eps);
-        Act { rows, width, values }
+        self.normalise(Norm::Embeddings, Act { rows, width, values, int8: None }, &[])
     }
 
     fn qkv(&mut self, l: usize, x: &Act) -> Act {
         let model = self.model;
-        self.project(&model.qkv[l], x, Activation::Identity)
+        self.project(&model.qkv[l], x, Activation::Identity, None)
     }
 
     fn attention(&mut self, l: usize, qkv: Act, batch: &Batch) -> Act {
-        let heads = Heads { count: self.model.spec.layers[l].heads.len(), dim: self.model.spec.head_dim };
+        let model = self.model;
+        let heads = Heads { count: model.spec.layers[l].heads.len(), dim: model.spec.head_dim };
         let (rows, width) = (qkv.rows, qkv.width / 3);
         let longest = batch.ranges().map(|s| s.len()).max().unwrap_or(0);
         let mut values = self.ws.floats(rows * width);
@@ -258,27 +338,31 @@ impl Ops for CpuOps<'_> {
         attention::attention(&qkv.values, heads, &batch.starts, &mut values, &mut scratch);
         self.ws.floats.push(scratch);
         self.recycle(qkv);
-        Act { rows, width, values }
+        self.finish(rows, width, values, model.linears.get(&Lin::Out(l)))
     }
 
     fn ffn_up(&mut self, l: usize, x: &Act) -> Act {
         let model = self.model;
-        self.project(&model.linears[&Lin::Up(l)], x, model.spec.ffn_activation)
+        let down = model.linears.get(&Lin::Down(l));
+        self.project(&model.linears[&Lin::Up(l)], x, model.spec.ffn_activation, down)
     }
 
     fn linear(&mut self, site: Lin, x: Act, f: Activation) -> Act {
         let model = self.model;
-        let y = self.project(&model.linears[&site], &x, f);
+        let reader = match site {
+            Lin::EmbedProjection => model.qkv.first(),
+            Lin::HeadDense => model.linears.get(&Lin::Classifier),
+            _ => None,
+        };
+        let y = self.project(&model.linears[&site], &x, f, reader);
         self.recycle(x);
         y
     }
 
-    fn add_norm(&mut self, site: Norm, mut x: Act, residual: Act) -> Act {
-        let (gamma, beta) = &self.model.norms[&site];
-        let len = x.rows * x.width;
-        norm::add_layer_norm(&mut x.values[..len], &residual.values[..len], gamma, beta, self.model.spec.norm_eps);
+    fn add_norm(&mut self, site: Norm, x: Act, residual: Act) -> Act {
+        let y = self.normalise(site, x, &residual.values[..residual.rows * residual.width]);
         self.recycle(residual);
-        x
+        y
     }
 
     fn pool(&mut self, how: Pool, x: Act, batch: &Batch) -> Act {
@@ -288,7 +372,8 @@ impl Ops for CpuOps<'_> {
         self.recycle(x);
         self.starts.clear();
         self.starts.extend(0..=rows);
-        Act { rows, width, values }
+        let model = self.model;
+        self.finish(rows, width, values, model.linears.get(&Lin::HeadDense))
     }
 }
 
@@ -298,7 +383,12 @@ impl Inspect for CpuOps<'_> {
     }
 
     fn scale_columns(&mut self, _at: At, mut x: Act, scale: &[f32]) -> Act {
-        rows::scale_columns(&mut x.values[..x.rows * x.width], x.width, scale);
+        let values = &mut x.values[..x.rows * x.width];
+        rows::scale_columns(values, x.width, scale);
+        if let Some(int8) = &mut x.int8 {
+            let (q, row_scale) = int8.parts();
+            int8::quantise(values, x.width, q, row_scale);
+        }
         x
     }
 }

@@ -9,6 +9,7 @@ mod init;
 mod inspect;
 mod predict;
 mod run;
+mod search;
 mod serve;
 mod shell;
 mod stage;
@@ -16,7 +17,9 @@ mod stage;
 #[cfg(test)]
 pub use bench::Latency;
 pub use bench::Speed;
+pub use run::expected;
 
+use crate::logs::Logs;
 use crate::recipe::Kind;
 use crate::settings;
 use crate::ui::Ui;
@@ -30,6 +33,8 @@ pub enum Command {
     Demo(demo::Demo),
     /// Run the stages of a recipe
     Run(run::Run),
+    /// Look for the smallest models within a budget of accuracy
+    Search(search::Search),
     /// Fine-tune an encoder on labelled texts
     Train(Box<stage::Stage<settings::Train>>),
     /// Teach a smaller student from a teacher's logits
@@ -60,11 +65,22 @@ pub enum Command {
     Man,
 }
 
+impl Command {
+    /// How the command logs.
+    pub fn logs(&self) -> Logs {
+        match self {
+            Command::Serve(s) => s.logs(),
+            _ => Logs::default(),
+        }
+    }
+}
+
 /// Runs a command.
 pub fn dispatch(command: Command, ui: &Ui) -> Result<()> {
     match command {
         Command::Demo(c) => demo::run(&c, ui),
         Command::Run(c) => run::run(&c, ui),
+        Command::Search(c) => search::run(&c, ui),
         Command::Train(c) => stage::run(*c, Kind::Train, ui),
         Command::Distill(c) => stage::run(*c, Kind::Distill, ui),
         Command::Prune(c) => stage::run(*c, Kind::Prune, ui),

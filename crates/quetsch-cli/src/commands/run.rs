@@ -39,6 +39,9 @@ pub struct Run {
     /// End with exit code 3 unless this holds for every model after the first: accuracy>=-0.5pt, flips<=1%, latency<=0.5x
     #[arg(long, value_name = "CONDITION")]
     gate: Vec<Gate>,
+    /// End in good order when standard input closes: whoever started this has gone
+    #[arg(long, hide = true)]
+    attached: bool,
 }
 
 /// Runs `run`.
@@ -51,6 +54,9 @@ pub fn run(r: &Run, ui: &Ui) -> Result<()> {
         return ui.result(human(&recipe, &steps).trim_end(), &steps);
     }
     ui::catch_interrupts()?;
+    if r.attached {
+        ui::end_with_stdin();
+    }
     let finished = pipeline::run(&recipe, &options, ui)?;
     match ui.human() {
         true => Ok(()),
@@ -90,7 +96,9 @@ fn plan(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Vec<Step>> {
             Some(spec)
         };
         let start = job.inputs.get("model").or(job.inputs.get("teacher")).and_then(|d| spec_of(d));
-        let spec = start.filter(|_| stage.kind.makes_model()).map(|s| expected(&stage.kind, s, recipe));
+        let spec = start
+            .filter(|_| stage.kind.makes_model())
+            .map(|s| expected(&stage.kind, with_head(&stage.kind, s, recipe)));
         let (parameters, bytes) = match &spec {
             Some(spec) => (Some(parameters(spec)), Some(expected_bytes(&stage.kind, spec))),
             None => (None, None),
@@ -117,14 +125,19 @@ fn parameters(spec: &ModelSpec) -> usize {
     spec.tensors().iter().map(|d| d.len()).sum()
 }
 
+/// A body that is trained gets a head for the labels of the data.
+fn with_head(kind: &Kind, mut spec: ModelSpec, recipe: &Recipe) -> ModelSpec {
+    if matches!(kind, Kind::Train(_)) && spec.head == HeadSpec::None {
+        let path = recipe.data.train.as_ref();
+        let set = path.and_then(|p| crate::work::corpus::read(p.as_ref(), &recipe.data, &[]).ok());
+        spec.head = HeadSpec::MeanMlp { labels: set.map_or(2, |s| s.names.len()) };
+    }
+    spec
+}
+
 /// The shape that a stage will make; which heads go does not change the numbers.
-fn expected(kind: &Kind, mut spec: ModelSpec, recipe: &Recipe) -> ModelSpec {
+pub fn expected(kind: &Kind, mut spec: ModelSpec) -> ModelSpec {
     match kind {
-        Kind::Train(_) if spec.head == HeadSpec::None => {
-            let path = recipe.data.train.as_ref();
-            let set = path.and_then(|p| crate::work::corpus::read(p.as_ref(), &recipe.data, &[]).ok());
-            spec.head = HeadSpec::MeanMlp { labels: set.map_or(2, |s| s.names.len()) };
-        }
         Kind::Distill(s) if s.model.is_none() && !s.layers.is_empty() => {
             spec.layers = s.layers.iter().filter_map(|l| spec.layers.get(*l).cloned()).collect();
         }

@@ -6,12 +6,14 @@
 
 mod overrides;
 mod place;
+mod search;
 
 use crate::exit::usage;
 use crate::settings::{Compare, Data, Distill, Eval, Level, Prune, Quantize, Settings, Train};
 use anyhow::{Context, Result};
 use overrides::{Override, from_environment};
 use place::{Step, line_and_column, locate, path};
+pub use search::{SearchFile, read as read_search};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +21,7 @@ use toml::de::DeTable;
 use toml::{Table, Value};
 
 /// The keys beside `[data]` and `[[stage]]`.
-const TOP_KEYS: [&str; 4] = ["model", "out", "seed", "threads"];
+const TOP_KEYS: [&str; 5] = ["model", "out", "seed", "threads", "cache"];
 
 /// What a stage does, with its settings.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -80,6 +82,8 @@ pub struct Recipe {
     pub seed: u64,
     /// Threads, if the recipe says.
     pub threads: Option<usize>,
+    /// Folder for teachers' logits, if not one in `out`: recipes with one teacher may share it.
+    pub cache: Option<PathBuf>,
     /// The data.
     pub data: Data,
     /// The stages in order.
@@ -217,9 +221,7 @@ impl Source {
     }
 
     fn lay_over(&mut self, o: &Override, ids: &[String]) -> Result<()> {
-        // A value is TOML if it can be read as TOML, else text: epochs=3, layers=[1,3], out=my-folder.
-        let value = toml::from_str::<Table>(&format!("v = {}", o.value)).ok().and_then(|mut t| t.remove("v"));
-        let value = value.unwrap_or_else(|| Value::String(o.value.clone()));
+        let value = o.value();
         let (table, steps) = match o.key.split_once('.') {
             None => (&mut self.table, path(&[&o.key])),
             Some(("data", key)) => {
@@ -246,6 +248,13 @@ impl Source {
 
     /// One section's settings, with every complaint at its key.
     fn section<T: Settings>(&self, at: &[Step], table: &Table, warnings: &mut Vec<String>) -> Result<T> {
+        let settings = self.keys_of(at, table)?;
+        self.judge(at, table, &settings, warnings)?;
+        Ok(settings)
+    }
+
+    /// One section's settings, whose values nobody has looked at yet.
+    fn keys_of<T: Settings>(&self, at: &[Step], table: &Table) -> Result<T> {
         let keys = T::keys();
         let below = |key: &str| [at, &path(&[key])[..]].concat();
         for (key, value) in table {
@@ -263,10 +272,20 @@ impl Source {
                 return Err(self.fault(&below(key), format!("`{key}`: {}", e.message())));
             }
         }
-        let settings = T::deserialize(Value::Table(table.clone())).map_err(|e| self.fault(at, e.message()))?;
+        T::deserialize(Value::Table(table.clone())).map_err(|e| self.fault(at, e.message()))
+    }
+
+    /// What there is to say about the values of a section.
+    fn judge<T: Settings>(
+        &self,
+        at: &[Step],
+        table: &Table,
+        settings: &T,
+        warnings: &mut Vec<String>,
+    ) -> Result<()> {
         for finding in settings.check() {
             let steps = match table.contains_key(finding.key) {
-                true => below(finding.key),
+                true => [at, &path(&[finding.key])[..]].concat(),
                 false => at.to_vec(),
             };
             let message = format!("`{}` {}", finding.key, finding.message);
@@ -275,7 +294,7 @@ impl Source {
                 Level::Warning => warnings.push(format!("{}: {message}", self.place(&steps))),
             }
         }
-        Ok(settings)
+        Ok(())
     }
 
     fn value<T: for<'de> Deserialize<'de>>(&self, key: &str) -> Result<Option<T>> {
@@ -306,6 +325,7 @@ impl Source {
                 .unwrap_or_else(|| self.file.with_extension("").file_name().map(PathBuf::from).unwrap_or_default()),
             seed: self.value("seed")?.unwrap_or(42),
             threads: self.value("threads")?,
+            cache: self.value("cache")?,
             data,
             stages: vec![],
             warnings: vec![],
@@ -422,10 +442,18 @@ impl Recipe {
             seed: u64,
             #[serde(skip_serializing_if = "Option::is_none")]
             threads: Option<usize>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            cache: &'a Option<PathBuf>,
             data: &'a Data,
         }
-        let top =
-            Top { model: &self.model, out: &self.out, seed: self.seed, threads: self.threads, data: &self.data };
+        let top = Top {
+            model: &self.model,
+            out: &self.out,
+            seed: self.seed,
+            threads: self.threads,
+            cache: &self.cache,
+            data: &self.data,
+        };
         let mut text = toml::to_string(&top)?;
         for stage in &self.stages {
             let mut table = Table::try_from(&stage.kind)?;

@@ -5,6 +5,7 @@ use crate::exit::usage;
 use crate::settings::{Data, Settings};
 use anyhow::Result;
 use std::collections::BTreeMap;
+use toml::{Table, Value};
 
 /// A value that a flag or the environment puts over the file's.
 #[derive(Clone, Debug)]
@@ -27,6 +28,12 @@ impl Override {
             value: value.trim().into(),
             origin: format!("--set {}", text.trim()),
         })
+    }
+
+    /// A value is TOML if it can be read as TOML, else text: epochs=3, layers=[1,3], out=my-folder.
+    pub fn value(&self) -> Value {
+        let value = toml::from_str::<Table>(&format!("v = {}", self.value)).ok().and_then(|mut t| t.remove("v"));
+        value.unwrap_or_else(|| Value::String(self.value.clone()))
     }
 }
 

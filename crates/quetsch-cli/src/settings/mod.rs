@@ -2,8 +2,10 @@
 //! `quetsch distill --alpha 0.3` and `[stage.distill] alpha = 0.3` are the same thing with the same default and the
 //! same check. Key `max-length` is flag `--max-length`.
 
+mod search;
 mod training;
 
+pub use search::{Search, Space};
 pub use training::{ClassWeights, Kd, KeepEpoch, Measure, Precision, Qkv, Schedule, Training};
 
 use crate::values::{Amount, SiteRule};

@@ -58,4 +58,6 @@ fn flags_and_keys_have_the_same_defaults() {
     same::<Quantize>();
     same::<Eval>();
     same::<Compare>();
+    same::<Search>();
+    same::<Space>();
 }

@@ -148,11 +148,23 @@ pub struct Comparison {
     /// The resolved recipe, if one was run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
+    /// The variant chosen on other data than these, if a search chose one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<Chosen>,
     /// The variants in the order asked for, the baseline last.
     pub variants: Vec<Variant>,
     /// Gates and whether they are met.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gates: Vec<Checked>,
+}
+
+/// A choice made on validation data.
+#[derive(Clone, Debug, Serialize)]
+pub struct Chosen {
+    /// The variant; none if every one loses too much.
+    pub variant: Option<String>,
+    /// The accuracy, in shares, that it was allowed to lose.
+    pub max_drop: f64,
 }
 
 /// What to compare, on what.
@@ -231,7 +243,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
         for variant in &mut variants {
             bar.at(steps, || format!("timing {}", variant.name));
             if let Some(path) = &variant.dir {
-                variant.speed = Some(measure(path, plan)?);
+                variant.speed = Some(measure(path, plan.data, plan.threads)?);
             }
         }
     }
@@ -278,6 +290,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
         },
         command: machine::command_line(),
         recipe: None,
+        chosen: None,
         variants,
         gates,
     })
@@ -345,15 +358,16 @@ fn loss_curve(dir: &Path) -> Vec<[f64; 2]> {
 }
 
 /// `quetsch bench` in a process of its own.
-fn measure(model: &Path, plan: &Plan) -> Result<Speed> {
+pub fn measure(model: &Path, data: &Data, threads: usize) -> Result<Speed> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut command = Command::new(program);
-    command.arg("bench").arg("--model").arg(model).args(["--format", "json", "--quiet", "--samples", "300"]);
-    command.args(["--threads", &plan.threads.to_string()]);
-    if let Some(test) = &plan.data.test {
+    command.arg("bench").arg("--model").arg(model).args(["--format", "json", "--quiet"]);
+    command.args(["--samples", "300", "--seconds", "0.1"]);
+    command.args(["--threads", &threads.to_string()]);
+    if let Some(test) = &data.test {
         command.args(["--data", test]);
     }
-    if let Some(column) = &plan.data.text_col {
+    if let Some(column) = &data.text_col {
         command.args(["--text-col", column]);
     }
     let done = command.stdin(Stdio::null()).output().context("cannot start the process that measures")?;

@@ -7,10 +7,12 @@ pub mod fit;
 pub mod gate;
 pub mod machine;
 pub mod make;
+pub mod pareto;
 pub mod parts;
 pub mod pipeline;
 pub mod provenance;
 pub mod report;
+pub mod search;
 mod teacher;
 
 use crate::exit::usage;
@@ -25,6 +27,7 @@ use quetsch::metrics;
 use quetsch::runtime::Classifier;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -180,6 +183,23 @@ impl Job<'_> {
         figures["data"] = json!(test.hash);
         Ok(Some(figures))
     }
+}
+
+/// The right to write into a folder, which is made, for as long as the file lives. While another process has it, `wait`
+/// says whether to wait.
+pub fn alone(folder: &Path, wait: impl FnOnce() -> bool) -> Result<File> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let path = folder.join(".lock");
+    let cannot = || format!("cannot lock {}", path.display());
+    let file = File::options().create(true).write(true).truncate(false).open(&path).with_context(cannot)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) if wait() => file.lock().with_context(cannot)?,
+        Err(TryLockError::WouldBlock) => anyhow::bail!("{}: another process is writing there", folder.display()),
+        // A file system without locks: there is nothing to wait for.
+        Err(TryLockError::Error(e)) => tracing::debug!(%e, "no lock"),
+    }
+    Ok(file)
 }
 
 /// JSON for a file.

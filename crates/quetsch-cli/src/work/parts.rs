@@ -1,7 +1,7 @@
 //! What a model's bytes are spent on: parts, and the scheme of every linear.
 
 use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
-use quetsch::quant::{self, Absmax, Scheme};
+use quetsch::quant::{self, Scheme};
 use quetsch::spec::{Lin, Role, Tensor};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -28,13 +28,7 @@ pub fn bytes(stored: &Stored) -> usize {
         Stored::Float { dtype: FloatType::F32, data } => 4 * data.len(),
         Stored::Float { data, .. } => 2 * data.len(),
         Stored::Int8(q) => q.values.len() + 4 * q.scb.len(),
-        Stored::FourBit(q) => {
-            q.packed.len()
-                + match &q.absmax {
-                    Absmax::Plain(scales) => 4 * scales.len(),
-                    Absmax::Nested { codes, nested_absmax, .. } => codes.len() + 4 * nested_absmax.len(),
-                }
-        }
+        Stored::FourBit(q) => q.bytes(),
     }
 }
 

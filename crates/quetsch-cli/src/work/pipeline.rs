@@ -66,7 +66,7 @@ impl Recipe {
             seed: self.seed,
             inputs,
             out: self.stage_dir(&stage.id),
-            cache: Some(self.out.join("cache")),
+            cache: Some(self.cache.clone().unwrap_or_else(|| self.out.join("cache"))),
             threads,
             force: options.force,
             resume: options.resume,
@@ -90,7 +90,10 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
         ui.warn(warning);
     }
     let started = Instant::now();
-    std::fs::create_dir_all(&recipe.out).with_context(|| format!("cannot make {}", recipe.out.display()))?;
+    let _alone = super::alone(&recipe.out, || {
+        ui.note(format!("{}: another run is writing there; waiting for its end", recipe.out.display()));
+        true
+    })?;
     let mut comparisons = stages.iter().filter(|s| matches!(s.kind, Kind::Compare(_)));
     let last_comparison = comparisons.next_back().map(|s| s.id.as_str());
     let (mut reports, mut comparison) = (vec![], None);

@@ -234,6 +234,15 @@ impl FourBit {
         FourBit { kind, map: map.to_vec(), packed, len: w.len(), block: BLOCK, absmax, source, compute }
     }
 
+    /// Bytes of codes and scales.
+    pub fn bytes(&self) -> usize {
+        self.packed.len()
+            + match &self.absmax {
+                Absmax::Plain(scales) => 4 * scales.len(),
+                Absmax::Nested { codes, nested_absmax, .. } => codes.len() + 4 * nested_absmax.len(),
+            }
+    }
+
     /// `code[nibble] * absmax` in f32, rounded to the source type. `[len]`
     pub fn dequantise(&self) -> Vec<f32> {
         self.values(0..self.len).collect()

@@ -66,7 +66,7 @@ impl Words {
             Words::File(rows) => rows.memory_bytes(),
             Words::Float(table) => 4 * table.len(),
             Words::Int8(q) => q.values.len() + 4 * q.scb.len(),
-            Words::FourBit(q) => q.packed.len(),
+            Words::FourBit(q) => q.bytes(),
         }
     }
 }

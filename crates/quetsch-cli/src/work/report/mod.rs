@@ -7,12 +7,13 @@ mod words;
 pub use words::Lang;
 
 use super::compare::{Comparison, Variant};
+use super::pareto::front;
 use crate::commands::Speed;
 use crate::ui::{mb, percent};
 use anyhow::Result;
 use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
 use minijinja::{Environment, UndefinedBehavior};
-use plot::{Axis, Mark, Plot, front, line, mark, place_labels};
+use plot::{Axis, Mark, Plot, line, mark, place_labels};
 use quetsch::metrics::Agreement;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -20,7 +21,7 @@ use std::collections::BTreeMap;
 
 type Words = BTreeMap<&'static str, &'static str>;
 
-/// The accuracy, in shares, that the recommended variant may lose against the first one.
+/// The accuracy, in shares, that the recommended variant may lose against the first one, unless a search says.
 const MAX_DROP: f64 = 0.005;
 /// Changed answers and confusions that the page lists.
 const FLIPS_LISTED: usize = 12;
@@ -94,9 +95,16 @@ impl Comparison {
         self.variants.iter().find(|v| v.dir.is_none())
     }
 
-    /// Of the models after the first that lose at most half a point and meet their gates the fastest, or the smallest
-    /// where nothing was timed.
+    fn max_drop(&self) -> f64 {
+        self.chosen.as_ref().map_or(MAX_DROP, |c| c.max_drop)
+    }
+
+    /// What a search chose; else, of the models after the first that lose at most half a point and meet their gates,
+    /// the fastest, or the smallest where nothing was timed.
     fn recommended(&self) -> Option<&Variant> {
+        if let Some(chosen) = &self.chosen {
+            return self.models().find(|v| Some(&v.name) == chosen.variant.as_ref());
+        }
         let first = self.models().next()?;
         let good = |v: &&Variant| {
             v.figures.accuracy >= first.figures.accuracy - MAX_DROP - 1e-9
@@ -130,10 +138,19 @@ impl Comparison {
                 false => format!("{name} answers {a} of {n} test sentences right (95% interval {low} to {high})."),
             });
         } else {
+            let drop = 100.0 * self.max_drop();
             if self.recommended().is_none() {
                 s.push(match zh {
-                    true => format!("没有任何较小的模型能将损失控制在 {old} 的 0.5 个百分点以内并通过所有门槛;以下为 {name} 的情况。"),
-                    false => format!("No smaller model stays within 0.5 points of {old} and meets every gate; this is {name}."),
+                    true => format!("没有任何较小的模型能将损失控制在 {old} 的 {drop} 个百分点以内并通过所有门槛;以下为 {name} 的情况。"),
+                    false => format!("No smaller model stays within {drop} points of {old} and meets every gate; this is {name}."),
+                });
+            } else if self.chosen.is_some() {
+                s.push(match zh {
+                    true => format!("{name} 是搜索的推荐:在验证数据上损失不超过 {drop} 个百分点的模型中最快的一个。测试数据未参与选择。"),
+                    false => format!(
+                        "{name} is the search's choice: the fastest that loses at most {drop} points on the validation \
+                         data. The test data had no part in it."
+                    ),
                 });
             }
             let delta = to_first(shown).map(|d| {
@@ -329,7 +346,7 @@ impl Comparison {
             }
             let x = Axis::around(models.iter().map(|m| m.1), true, Axis::x);
             let at: Vec<(f64, f64)> = models.iter().map(|(v, c)| (*c, 100.0 * v.figures.accuracy)).collect();
-            let on_front = front(&at);
+            let on_front = front(&at.iter().map(|p| ([p.0], p.1)).collect::<Vec<_>>());
             let mut marks: Vec<Mark> = (models.iter().zip(&at).zip(&on_front))
                 .map(|(((v, _), (c, accuracy)), on_front)| {
                     let class = match (v.below_baseline == Some(true), on_front) {

@@ -209,12 +209,6 @@ pub fn place_labels(marks: &mut [Mark]) {
     }
 }
 
-/// Which of (cost, gain) no other beats: less cost with as much gain, or more gain for the same cost.
-pub fn front(points: &[(f64, f64)]) -> Vec<bool> {
-    let beats = |a: &(f64, f64), b: &(f64, f64)| a.0 <= b.0 && a.1 >= b.1 && (a.0 < b.0 || a.1 > b.1);
-    points.iter().map(|p| !points.iter().any(|q| beats(q, p))).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,13 +223,6 @@ mod tests {
             let n = Axis::x(low, high, log).ticks("").len();
             assert!((1..=12).contains(&n), "{low} {high} {log}: {n}");
         }
-    }
-
-    #[test]
-    fn the_front_is_what_nothing_beats() {
-        let points = [(7.0, 0.93), (3.0, 0.925), (2.0, 0.929), (0.5, 0.929), (11.0, 0.9295)];
-        assert_eq!(front(&points), [true, false, false, true, false]);
-        assert_eq!(front(&[(1.0, 1.0), (1.0, 1.0)]), [true, true], "equals do not beat each other");
     }
 
     #[test]

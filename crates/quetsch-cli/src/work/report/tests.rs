@@ -40,6 +40,9 @@ fn comparison() -> Comparison {
             by_length: vec![],
             sentences_per_s: 1.0,
             peak_rss_mb: None,
+            memory_mb: None,
+            work: None,
+            against: None,
         }),
         loss_curve: vec![[1.0, 2.0], [2.0, 1.0]],
         provenance: None,
@@ -63,6 +66,7 @@ fn comparison() -> Comparison {
         data: Measured { test: EVIL.into(), test_blake3: "0".into(), train: Some(EVIL.into()) },
         command: EVIL.into(),
         recipe: Some(EVIL.into()),
+        chosen: None,
         variants: vec![first, second, baseline],
         gates: vec![Checked { gate: EVIL.into(), variant: "small".into(), found: "1".into(), met: false }],
     }

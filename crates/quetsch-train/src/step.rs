@@ -58,7 +58,7 @@ pub struct Task<'a> {
 /// Tokens that one forward of one thread sees at most (one sentence if that is longer): large enough for matrix
 /// products at full speed, small enough that activations stay small. Gradients add up, and dropout does not depend on
 /// how sentences are gathered, so the value changes nothing but the rounding of sums.
-const CHUNK: usize = 512;
+const CHUNK: usize = 256;
 
 /// Gradients of the masks by place.
 pub type MaskGrads = BTreeMap<At, Vec<f32>>;

@@ -209,8 +209,7 @@ impl<'a> Tape<'a> {
                 }
                 Op::Linear { x, site, f, pre } => {
                     let mut d = dy;
-                    let dx = self.project_back(x, site, f, &pre, &mut d, rows, grads);
-                    self.accumulate(&mut nodes[x.0], dx);
+                    self.project_back(x, site, f, &pre, &mut d, rows, &mut nodes[x.0], grads);
                     self.buffers.give(pre);
                     self.buffers.give(d);
                     self.buffers.give(v.data);
@@ -322,7 +321,7 @@ impl<'a> Tape<'a> {
         self.push(rows, n, y, Op::Linear { x, site, f, pre })
     }
 
-    /// d <- d f'(pre); dW = d^T x, db = column sums of d, dx = d W.
+    /// d <- d f'(pre); dW = d^T x, db = column sums of d, dx += d W (empty: nothing has come to x yet).
     #[allow(clippy::too_many_arguments)] // what the forward recorded
     fn project_back(
         &mut self,
@@ -332,25 +331,29 @@ impl<'a> Tape<'a> {
         pre: &[f32],
         d: &mut [f32],
         rows: usize,
+        dx: &mut Vec<f32>,
         g: &mut Grads,
-    ) -> Vec<f32> {
+    ) {
         let pack = self.params.linear(site);
         let (p, n, k) = (self.params.precision, pack.n, pack.k);
         let mut db = self.buffers.take(n);
         db.fill(0.0);
         math::activation_back(pre, d, &mut db, f);
 
-        let mut dx = self.buffers.take(rows * k);
+        let mut write = Write::Add;
+        if dx.is_empty() {
+            (*dx, write) = (self.buffers.take(rows * k), Write::Set);
+        }
         let source = Source { data: d, stride: n };
         match p {
             Precision::F32 => {
                 let left = Left::f32_rows(source);
-                multiply(p, left, &pack.backward, rows, k, n, &mut dx, k, Write::Set);
+                multiply(p, left, &pack.backward, rows, k, n, dx, k, write);
             }
             Precision::Bf16 => {
                 let mut words = self.buffers.words.take(p.rows_len(rows, n));
                 pack_rows(p, source, rows, n, &mut words);
-                multiply(p, Left::rows(&words, p, n), &pack.backward, rows, k, n, &mut dx, k, Write::Set);
+                multiply(p, Left::rows(&words, p, n), &pack.backward, rows, k, n, dx, k, write);
                 self.buffers.words.give(words);
             }
         }
@@ -378,7 +381,6 @@ impl<'a> Tape<'a> {
         }
         self.buffers.words.give(right);
         self.buffers.give(db);
-        dx
     }
 
     fn norm(&mut self, site: Norm, x: &[f32], residual: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {

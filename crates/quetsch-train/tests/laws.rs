@@ -434,6 +434,7 @@ fn gradients_from_inside_are_finite_differences() {
                 let keep = params.data[i][e];
                 let mut at = |w: f32| {
                     params.data[i][e] = w;
+                    params.repack(1);
                     run(&params, &mut Worker::team(&params, 1)).total
                 };
                 let step = 2e-3f32;

@@ -303,3 +303,100 @@ fn a_student_learns_from_inside_its_teacher() {
     let report = json(&String::from_utf8_lossy(&place.read("c/report.json")));
     assert!(report["epochs"][0]["hidden"].is_null(), "what is no part is not reported: {report}");
 }
+
+#[test]
+fn pruning_without_training_keeps_its_budget() {
+    let place = Place::new();
+    let made = place.run(
+        "prune --model model --train train.csv --validation 0.2 --score fisher --keep-macs 0.5 --align 8 --rearrange \
+         --tune weights --epochs 0 --out half",
+    );
+    assert!(made.code == 0, "{}", made.stderr);
+    let report = json(&String::from_utf8_lossy(&place.read("half/report.json")));
+    assert!(
+        report["validation_accuracy"].is_number() && report["train_accuracy_after_cut"].is_number(),
+        "{report}"
+    );
+    let facts = |dir: &str| json(&place.ok(&format!("inspect {dir} --format json")).stdout);
+    let (whole, half) = (facts("model"), facts("half"));
+    let widths = |f: &Value| -> Vec<u64> {
+        f["layers"].as_array().expect("layers").iter().filter_map(|l| l["ffn"].as_u64()).collect()
+    };
+    assert!(widths(&half).iter().all(|w| w % 8 == 0 && *w > 0), "{half}");
+    assert!(widths(&half).iter().sum::<u64>() < widths(&whole).iter().sum(), "{half}");
+    // The same plan again, from its file, is the same model but for what was fitted.
+    place.ok("prune --model model --plan half/plan.json --epochs 0 --out again");
+    assert_eq!(facts("again")["layers"], half["layers"]);
+    for flags in [
+        "--score taylor --keep-parameters 0.6",
+        "--score activation --heads 2 --ffn 8 --layers 1",
+        "--score taylor --tune mask --heads 1 --ffn 16 --ffn-scope global",
+    ] {
+        place.ok(&format!("prune --model model --train train.csv {flags} --epochs 0 --force --out other"));
+    }
+    place.ok("prune --model model --train train.csv --score fisher --keep-macs 0.7 --epochs 1 --out trained");
+}
+
+#[test]
+fn zeros_stay_through_recovery_and_later_training() {
+    let place = Place::new();
+    place.ok(
+        "prune --model model --train train.csv --sparsity 0.5 --sparsity-scope per-layer --epochs 1 --out once",
+    );
+    place.ok(
+        "prune --model model --train train.csv --sparsity 0.6 --sparsity-schedule cubic --epochs 4 --out slowly",
+    );
+    place.ok("distill --teacher model --model once --train train.csv --epochs 1 --keep-zeros --out kept");
+    place.ok("distill --teacher model --model once --train train.csv --epochs 1 --alpha-end 0.5 --temperature-end 1 --out dense");
+    for (dir, share) in [("once", 0.5), ("slowly", 0.6), ("kept", 0.5)] {
+        let facts = json(&place.ok(&format!("inspect {dir} --format json")).stdout);
+        let sites = facts["sparsity"].as_object().expect("sites with zeros");
+        assert!(sites.len() >= 16, "{dir}: {facts}");
+        assert!(sites.values().all(|s| (s.as_f64().expect("a share") - share).abs() < 0.01), "{dir}: {facts}");
+    }
+    assert!(json(&place.ok("inspect dense --format json").stdout)["sparsity"].is_null());
+}
+
+#[test]
+fn several_teachers_unlabelled_texts_and_out_of_fold_logits() {
+    let place = Place::new();
+    place.write("more.txt", b"please block my card\n\nwhat is this charge\n");
+    place.ok("train --model model --train train.csv --epochs 2 --folds 2 --out teacher");
+    let logits = place.read("teacher/out-of-fold.f32");
+    assert_eq!(logits.len(), 4 * 5 * 20, "4 bytes, 5 labels, 20 sentences");
+    place.ok("train --model model --train train.csv --epochs 1 --seed 7 --out second");
+    place.ok("distill --teacher teacher --train train.csv --epochs 1 --out alone");
+    place.ok("distill --teacher teacher --train train.csv --epochs 1 --out-of-fold --out folds");
+    place.ok(
+        "distill --teacher teacher --teachers second,model --teacher-weights 2,1,1 --train train.csv --epochs 1 \
+         --unlabelled more.txt --out many",
+    );
+    place.ok("distill --teacher teacher --teachers teacher --train train.csv --epochs 1 --out twice");
+    let first = |dir: &str| {
+        let metrics = place.read(&format!("{dir}/metrics.jsonl"));
+        json(String::from_utf8_lossy(&metrics).lines().next().expect("a line"))["kl"].as_f64().expect("a number")
+    };
+    assert!((first("alone") - first("twice")).abs() < 1e-6, "the mean of a teacher with itself");
+    assert!((first("alone") - first("folds")).abs() > 1e-6 && (first("alone") - first("many")).abs() > 1e-6);
+    place.ok(
+        "distill --teacher teacher --random --layers 0,1 --student-hidden 24 --student-heads 3 --student-ffn 20 --hidden 1 \
+         --train train.csv --test test.csv --epochs 1 --out small",
+    );
+    let facts = json(&place.ok("inspect small --format json").stdout);
+    assert_eq!((&facts["hidden"], &facts["layers"][1]["ffn"]), (&24.into(), &20.into()), "{facts}");
+    place.write("other.csv", b"text,label\nlost my card,lost_card\ncharged twice,double_charge\n");
+    for (line, words) in [
+        ("distill --teacher teacher --train other.csv --out-of-fold --out o", "other training data"),
+        ("distill --teacher second --train train.csv --out-of-fold --out o", "out-of-fold"),
+        (
+            "distill --teacher teacher --teachers second --teacher-weights 1 --train train.csv --out o",
+            "1 weights for 2",
+        ),
+        ("distill --teacher teacher --train train.csv --student-hidden 8 --out o", "`random`"),
+        ("distill --teacher teacher --train train.csv --random --student-heads 5 --out o", "heads that divide"),
+        ("train --model model --train train.csv --folds 1 --out o", "at least 2"),
+    ] {
+        let done = place.run(line);
+        assert!(done.code != 0 && done.stderr.contains(words), "{line}\n{}", done.stderr);
+    }
+}

@@ -16,7 +16,7 @@ use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
 use quetsch::tokenizer::Tokenizer;
 use quetsch::{data, dir};
 use quetsch_train::{
-    Dropout, Event, FitError, FitSettings, Hard, Objective, Precision, Schedule, Stop, TrainSet, fit,
+    Dropout, Event, FitError, FitSettings, Hard, Objective, Precision, Schedule, Sparsity, Stop, TrainSet, fit,
 };
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -120,6 +120,7 @@ fn measure(work: &Work, precision: Precision, freeze: bool, threads: usize) -> R
         seed: 42,
         threads,
         precision,
+        sparsity: Sparsity::Free,
     };
     let set = TrainSet { encodings: &work.encodings, labels: &work.labels };
     let (mut ms, mut last) = (vec![], Instant::now());

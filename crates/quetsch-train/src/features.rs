@@ -186,6 +186,9 @@ impl Hook<Tape<'_>> for &mut Taps {
     }
 }
 
+/// Gradients by nodes, where a backward begins.
+type Seeds = Vec<(Node, Vec<f32>)>;
+
 impl Features<'_> {
     /// Whether this can work for a student and its data.
     pub(crate) fn check(&self, student: &ModelSpec, set: &TrainSet) -> Result<()> {
@@ -230,7 +233,7 @@ impl Features<'_> {
         token: f32,
         ws: &mut Workspace,
         grads: &mut Grads,
-    ) -> Result<(Losses, Vec<(Node, Vec<f32>)>)> {
+    ) -> Result<(Losses, Seeds)> {
         let (student, teacher) = (&params.spec, self.teacher.spec());
         let batch = Batch::new(teacher, examples.iter().map(|e| &self.encodings[*e]))
             .map_err(|e| Error::invalid(format!("training examples {examples:?}, for the teacher: {e}")))?;

@@ -3,10 +3,11 @@
 //! The order of examples, the dropout masks and the learning rate are functions of (seed, step), so a run that goes
 //! on from a saved state ends with the bytes of one that was never interrupted, given the same thread count.
 
-use crate::loss::{Losses, Objective, Soft};
+use crate::loss::{Losses, Objective, Soft, UNLABELLED};
 use crate::optim::{AdamW, Rates};
 use crate::params::Params;
 use crate::schedule::Schedule;
+use crate::sparse::{Sparsity, Zeros};
 use crate::state::State;
 use crate::step::{Task, Worker, gradients};
 use crate::tape::Dropout;
@@ -50,6 +51,8 @@ pub struct FitSettings {
     pub threads: usize,
     /// What the products of linear layers are computed in; weights, sums and everything else are f32.
     pub precision: Precision,
+    /// What happens to weights that are exactly 0.
+    pub sparsity: Sparsity,
 }
 
 /// Why the caller stops a run.
@@ -170,7 +173,8 @@ fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSetti
     if set.encodings.is_empty() || set.encodings.len() != set.labels.len() {
         return bad(format!("{} sentences and {} labels to train on", set.encodings.len(), set.labels.len()));
     }
-    if let Some(l) = set.labels.iter().find(|l| **l as usize >= labels) {
+    let taught = objective.soft().is_some();
+    if let Some(l) = set.labels.iter().find(|l| **l as usize >= labels && !(taught && **l == UNLABELLED)) {
         return bad(format!("label index {l} in the training data, the model has {labels} labels"));
     }
     if s.epochs == 0 || s.batch_size == 0 || s.accumulate == 0 {
@@ -204,18 +208,22 @@ fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSetti
     if let Some(w) = weights.iter().find(|w| !(w.is_finite() && **w > 0.0)) {
         return bad(format!("a class weight is {w}, expected a number above 0"));
     }
+    s.sparsity.check()?;
     objective.features().map_or(Ok(()), |f| f.check(&start.spec, set))?;
     objective.soft().map_or(Ok(()), |soft| check_soft(&soft, set.labels.len(), labels))
 }
 
 fn check_soft(soft: &Soft, sentences: usize, labels: usize) -> Result<(), Error> {
     let bad = |m: String| Err(Error::invalid(m));
-    let (alpha, temperature) = (soft.alpha, soft.temperature);
-    if !(0.0..=1.0).contains(&alpha) {
-        return bad(format!("alpha is {alpha}, expected 0 to 1"));
+    for alpha in [Some(soft.alpha), soft.alpha_end].into_iter().flatten() {
+        if !(0.0..=1.0).contains(&alpha) {
+            return bad(format!("alpha is {alpha}, expected 0 to 1"));
+        }
     }
-    if !(temperature.is_finite() && temperature > 0.0) {
-        return bad(format!("temperature is {temperature}, expected a number above 0"));
+    for temperature in [Some(soft.temperature), soft.temperature_end].into_iter().flatten() {
+        if !(temperature.is_finite() && temperature > 0.0) {
+            return bad(format!("temperature is {temperature}, expected a number above 0"));
+        }
     }
     if !(soft.logits_weight.is_finite() && soft.logits_weight >= 0.0) {
         return bad(format!("the weight of the logits' distance is {}, expected 0 or more", soft.logits_weight));
@@ -271,6 +279,7 @@ pub fn fit(
         };
     }
     let mut workers = Worker::team(&params, s.threads);
+    let mut zeros = Zeros::new(s.sparsity, &params);
     let (clock, first) = (Instant::now(), adamw.step);
     let (mut last, mut sentences) = (Losses::default(), 0);
     for epoch in first / per_epoch..s.epochs {
@@ -282,7 +291,7 @@ pub fn fit(
             let task = Task {
                 params: &params,
                 set: *set,
-                objective: *objective,
+                objective: objective.at(step as f32 / (steps - 1).max(1) as f32),
                 dropout: s.dropout,
                 seed: s.seed,
                 masks: None,
@@ -302,6 +311,7 @@ pub fn fit(
             if !norm.is_finite() {
                 return Err(FitError::NotFinite { step: step + 1, what: "gradient" });
             }
+            zeros.after(&mut params, adamw.step, steps, s.threads)?;
             mean += losses;
             (counted, sentences, last) = (counted + 1, sentences + examples.len(), losses);
             let seconds = clock.elapsed().as_secs_f64().max(1e-9);

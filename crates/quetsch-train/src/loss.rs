@@ -9,6 +9,9 @@
 use crate::features::Features;
 use quetsch_kernels::math::softmax;
 
+/// The label of a sentence without one: it learns from the teacher alone.
+pub const UNLABELLED: u32 = u32::MAX;
+
 /// Cross-entropy with the labels.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hard<'a> {
@@ -67,6 +70,10 @@ pub struct Soft<'a> {
     pub alpha: f32,
     /// Temperature.
     pub temperature: f32,
+    /// What alpha becomes by the last step, in a straight line.
+    pub alpha_end: Option<f32>,
+    /// The same for the temperature.
+    pub temperature_end: Option<f32>,
     /// `[examples, labels]`, by example.
     pub logits: &'a [f32],
     /// Weight of the distance of the logits, beside the two.
@@ -107,6 +114,15 @@ impl<'a> Objective<'a> {
         self.soft().and_then(|s| s.features)
     }
 
+    /// As it is at `progress`, 0 (first step) to 1 (last step).
+    pub fn at(self, progress: f32) -> Objective<'a> {
+        let Objective::Distill(hard, soft) = self else { return self };
+        let between = |from: f32, to: Option<f32>| to.map_or(from, |to| from + progress * (to - from));
+        let alpha = between(soft.alpha, soft.alpha_end);
+        let temperature = between(soft.temperature, soft.temperature_end);
+        Objective::Distill(hard, Soft { alpha, temperature, ..soft })
+    }
+
     /// Without the inner part.
     pub fn on_logits(self) -> Objective<'a> {
         match self {
@@ -132,10 +148,11 @@ impl ClassWeights {
     /// The weight of each class; empty for [`ClassWeights::None`]. A class without a sentence weighs 1.
     pub fn of(self, labels: &[u32], classes: usize) -> Vec<f32> {
         let mut counts = vec![0usize; classes];
-        labels.iter().for_each(|l| counts[*l as usize] += 1);
+        labels.iter().filter(|l| **l != UNLABELLED).for_each(|l| counts[*l as usize] += 1);
+        let all: usize = counts.iter().sum();
         let balanced = |n: &usize| match n {
             0 => 1.0,
-            n => labels.len() as f64 / (classes * n) as f64,
+            n => all as f64 / (classes * n) as f64,
         };
         match self {
             ClassWeights::None => vec![],
@@ -161,10 +178,10 @@ impl Shares {
     pub fn of(objective: &Objective, labels: impl ExactSizeIterator<Item = u32>, tokens: usize) -> Shares {
         let token = 1.0 / tokens.max(1) as f32;
         let soft = 1.0 / labels.len().max(1) as f32;
-        match objective.hard().class_weights {
-            [] => Shares { hard: soft, soft, token },
-            w => Shares { hard: (1.0 / labels.map(|l| f64::from(w[l as usize])).sum::<f64>()) as f32, soft, token },
-        }
+        let weight = |l: u32| objective.hard().class_weights.get(l as usize).map_or(1.0, |w| f64::from(*w));
+        let labelled: f64 = labels.filter(|l| *l != UNLABELLED).map(weight).sum();
+        let hard = if labelled > 0.0 { (1.0 / labelled) as f32 } else { 0.0 };
+        Shares { hard, soft, token }
     }
 }
 
@@ -259,9 +276,12 @@ pub fn losses(
     let hard_weight = soft.map_or(1.0, |s| s.alpha);
     let mut sum = Losses::default();
     for (i, (row, d)) in logits.chunks_exact(classes).zip(dlogits.chunks_exact_mut(classes)).enumerate() {
-        let ce =
-            f64::from(shares.hard) * cross_entropy(row, labels[i] as usize, hard, shares.hard * hard_weight, d);
-        sum += Losses { total: f64::from(hard_weight) * ce, ce, ..Losses::default() };
+        d.fill(0.0);
+        if labels[i] != UNLABELLED {
+            let scale = shares.hard * hard_weight;
+            let ce = f64::from(shares.hard) * cross_entropy(row, labels[i] as usize, hard, scale, d);
+            sum += Losses { total: f64::from(hard_weight) * ce, ce, ..Losses::default() };
+        }
         if let Some(soft) = soft {
             let teacher = &soft.logits[examples[i] * classes..][..classes];
             let weight = 1.0 - soft.alpha;

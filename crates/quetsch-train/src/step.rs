@@ -60,7 +60,7 @@ pub struct Task<'a> {
 /// how sentences are gathered, so the value changes nothing but the rounding of sums.
 const CHUNK: usize = 256;
 
-/// Gradients of the masks by place.
+/// Gradients of the masks by place, a row `[groups]` for each example, in the order in which the workers took them.
 pub type MaskGrads = BTreeMap<At, Vec<f32>>;
 
 /// Deals examples to `parts` so that each has about the same number of tokens, keeping their order.
@@ -104,9 +104,7 @@ pub fn gradients(
     for r in results {
         let (l, m) = r?;
         total += l;
-        for (at, g) in m {
-            quetsch_kernels::math::add(masks.entry(at).or_insert_with(|| vec![0.0; g.len()]), &g);
-        }
+        m.into_iter().for_each(|(at, g)| masks.entry(at).or_default().extend(g));
     }
     Ok((total, masks))
 }
@@ -155,7 +153,7 @@ fn run_shard(
             of.extend(more);
         }
         for (at, g) in tape.backward(of, &mut w.grads) {
-            quetsch_kernels::math::add(masks.entry(at).or_insert_with(|| vec![0.0; g.len()]), &g);
+            masks.entry(at).or_default().extend(g);
         }
     }
     Ok((total, masks))

@@ -191,7 +191,7 @@ impl<'a> Tape<'a> {
     }
 
     /// Adds the gradients of all parameters to `grads`, given those of some nodes, and returns those of the
-    /// masks. The tape's buffers are free afterwards.
+    /// masks, a row `[groups]` for each sentence. The tape's buffers are free afterwards.
     pub fn backward(mut self, of: Vec<(Node, Vec<f32>)>, grads: &mut Grads) -> BTreeMap<At, Vec<f32>> {
         let mut masks = BTreeMap::new();
         let mut nodes: Vec<Vec<f32>> = self.values.iter().map(|_| vec![]).collect();
@@ -248,9 +248,12 @@ impl<'a> Tape<'a> {
                 }
                 Op::ScaleColumns { x, before, scale, at } => {
                     let group = cols / scale.len().max(1);
-                    let mut dscale = vec![0.0; scale.len()];
-                    for (i, (d, b)) in dy.iter().zip(&before).enumerate() {
-                        dscale[i % cols / group] += d * b;
+                    let mut dscale = vec![0.0; self.batch.sentences() * scale.len()];
+                    for (tokens, dscale) in self.batch.ranges().zip(dscale.chunks_exact_mut(scale.len().max(1))) {
+                        let range = tokens.start * cols..tokens.end * cols;
+                        for (i, (d, b)) in dy[range.clone()].iter().zip(&before[range]).enumerate() {
+                            dscale[i % cols / group] += d * b;
+                        }
                     }
                     masks.insert(at, dscale);
                     let mut dx = dy;

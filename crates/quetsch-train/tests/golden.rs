@@ -187,11 +187,12 @@ fn losses_and_their_gradients_are_pytorchs() {
 }
 
 fn losses_json() -> serde_json::Value {
-    serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap()
+    serde_json::from_slice(&std::fs::read(fixture("losses.json")).expect("the fixture is there"))
+        .expect("the fixture is JSON")
 }
 
 fn flat(v: &serde_json::Value) -> Vec<f32> {
-    serde_json::from_value::<Vec<Vec<f32>>>(v.clone()).unwrap().concat()
+    serde_json::from_value::<Vec<Vec<f32>>>(v.clone()).expect("rows of numbers").concat()
 }
 
 #[test]

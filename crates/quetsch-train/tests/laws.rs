@@ -18,8 +18,8 @@ use quetsch_train::scores::Sample;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::tape::{Buffers, Draw, Tape};
 use quetsch_train::{
-    ClassWeights, Dropout, Event, Features, FitError, FitSettings, Fitted, Hard, Measure, Objective, Precision,
-    Schedule, Soft, State, Stop, ffn_scores, fit, head_scores,
+    ClassWeights, Criterion, Dropout, Event, Features, FitError, FitSettings, Fitted, Hard, Measure, Objective,
+    Precision, Schedule, Soft, Sparsity, State, Stop, UNLABELLED, fit, mask_gradients,
 };
 use std::ops::ControlFlow;
 
@@ -119,15 +119,17 @@ fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
             compare(format!("{} [{e}]", def.name), got, up, down);
         }
     }
-    for (at, grads) in &mask_grads {
-        for (e, got) in grads.iter().enumerate() {
+    for (at, rows) in &mask_grads {
+        let units = masks.0[at].len();
+        let sum = |e: usize| rows.iter().skip(e).step_by(units.max(1)).sum::<f32>();
+        for (e, got) in (0..units).map(sum).enumerate() {
             let mut nudge = |by: f32| masks.0.get_mut(at).unwrap()[e] += by;
             nudge(step);
             let up = loss(&params, &masks);
             masks.0.get_mut(at).unwrap()[e] -= 2.0 * step;
             let down = loss(&params, &masks);
             masks.0.get_mut(at).unwrap()[e] = 1.0;
-            compare(format!("{at:?} [{e}]"), *got, up, down);
+            compare(format!("{at:?} [{e}]"), got, up, down);
         }
     }
     assert!(bad.is_empty(), "{}", bad.join("\n"));
@@ -462,12 +464,16 @@ fn scores_find_the_idle_unit() {
     let (encodings, labels) = (sentences(30, 30, 21), labels(30));
     let set = TrainSet { encodings: &encodings, labels: &labels };
     let sample = Sample { batch_size: 8, batches: 3, seed: 1, threads: 2 };
-    let heads = head_scores(&ck, &set, &CE, sample).unwrap();
-    assert_eq!(heads.iter().map(Vec::len).collect::<Vec<_>>(), [3, 0, 1]);
-    assert!(heads[0][1] == 0.0 && heads[0][0] > 0.0 && heads[0][2] > 0.0 && (heads[2][0] - 1.0).abs() < 1e-6);
-    let ffn = ffn_scores(&ck, &set, &CE, sample).unwrap();
-    assert_eq!(ffn.iter().map(Vec::len).collect::<Vec<_>>(), [20, 12, 8]);
-    assert!(ffn.iter().flatten().all(|s| *s > 0.0));
+    let found = mask_gradients(&ck, &set, &CE, sample, false).unwrap();
+    for criterion in [Criterion::Gradient, Criterion::Taylor, Criterion::Fisher] {
+        let scores = found.scores(criterion);
+        let heads = &scores.heads;
+        assert_eq!(heads.iter().map(Vec::len).collect::<Vec<_>>(), [3, 0, 1]);
+        assert!(heads[0][1] == 0.0 && heads[0][0] > 0.0 && heads[0][2] > 0.0 && heads[2][0] > 0.0);
+        assert!(criterion != Criterion::Gradient || (heads[2][0] - 1.0).abs() < 1e-6);
+        assert_eq!(scores.ffn.iter().map(Vec::len).collect::<Vec<_>>(), [20, 12, 8]);
+        assert!(scores.ffn.iter().flatten().chain(&scores.layers).all(|s| *s > 0.0));
+    }
 }
 
 /// Everything that can be learned from inside a teacher of this shape, at once.
@@ -504,6 +510,7 @@ fn gradients_from_inside_are_finite_differences() {
             logits_weight: 0.3,
             logits_loss: Measure::Cosine,
             features,
+            ..Soft::default()
         };
         let objective = Objective::Distill(Hard { label_smoothing: 0.1, class_weights: &[0.5, 1.0, 2.0] }, soft);
         let mut params = Params::new(&ck, &[]);
@@ -594,5 +601,181 @@ fn projections_learn_and_resume() {
         let objective = kd(Some(Features { teacher: &teacher, encodings, links }));
         let e = fit(&ck, &set, &objective, &s, None, &mut |_| ControlFlow::Continue(())).err().unwrap().to_string();
         assert!(e.contains(words), "{e}");
+    }
+}
+
+/// The criteria from the losses of single sentences, by finite differences of the masks.
+#[test]
+fn scores_are_those_of_single_examples() {
+    let ck = lively(uneven(HEADS[1]), 5);
+    let (encodings, labels) = (sentences(12, 30, 21), labels(12));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let params = Params::new(&ck, &[]);
+    let ce = Objective::CrossEntropy(Hard::default());
+    let (at, units) = (At::Context(0), 3);
+    let loss = |example: usize, unit: usize, value: f32| {
+        let mut mask = vec![1.0; units];
+        mask[unit] = value;
+        let masks = Masks([(at, mask)].into());
+        let dropout = Dropout::default();
+        let task = Task { params: &params, set, objective: ce, dropout, seed: 0, masks: Some(&masks) };
+        gradients(&task, 0, &[example], 1, &mut Worker::team(&params, 1)).unwrap().0.total
+    };
+    let step = 1e-2f32;
+    let gradient =
+        |example, unit| (loss(example, unit, 1.0 + step) - loss(example, unit, 1.0 - step)) / f64::from(2.0 * step);
+    let g: Vec<Vec<f64>> = (0..12).map(|e| (0..units).map(|u| gradient(e, u)).collect()).collect();
+    for threads in [1, 2] {
+        let sample = Sample { batch_size: 5, batches: 9, seed: 1, threads };
+        let found = mask_gradients(&ck, &set, &ce, sample, true).unwrap();
+        let mean = |f: &dyn Fn(&[f64]) -> f64| g.iter().map(|row| f(row)).sum::<f64>() / 12.0;
+        let close = |got: f32, want: f64| {
+            assert!((f64::from(got) - want).abs() < 2e-4 + 0.01 * want.abs(), "{got} {want}");
+        };
+        for u in 0..units {
+            close(found.scores(Criterion::Taylor).heads[0][u], mean(&|row| row[u].abs()));
+            close(found.scores(Criterion::Fisher).heads[0][u], mean(&|row| row[u] * row[u]));
+            (0..units).for_each(|v| close(found.fisher(at)[u * units + v] / 12.0, mean(&|row| row[u] * row[v])));
+        }
+        assert!(found.fisher(At::Context(1)).is_empty(), "a layer without heads");
+    }
+}
+
+/// Zeros stay through training and an interruption, and a schedule ends at its share.
+#[test]
+fn zeros_stay_and_become_more() {
+    use quetsch::prune::{Scope, sparse, sparsity};
+    let dense = lively(uneven(HEADS[0]), 3);
+    let ck = sparse(&dense, 0.4, Scope::Global).unwrap();
+    let (encodings, labels) = (sentences(50, 30, 21), labels(50));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let in_layers = |ck: &Checkpoint| -> Vec<f32> {
+        let sites = quetsch::prune::sparse_sites(&ck.spec);
+        sites.into_iter().flat_map(|s| ck.values(Tensor::W(s)).into_owned()).collect()
+    };
+    let zeros = |ck: &Checkpoint| in_layers(ck).iter().filter(|w| **w == 0.0).count();
+    let n = in_layers(&ck).len();
+    assert_eq!(zeros(&ck), (0.4 * n as f64).round() as usize);
+    let go = |start: &Checkpoint, sparsity, state: Option<&State>, stop: usize| {
+        let s = FitSettings { epochs: 5, sparsity, ..settings() };
+        fit(start, &set, &CE, &s, state, &mut |e| match e {
+            Event::Step(p) if p.step == stop => ControlFlow::Break(Stop::Interrupted),
+            _ => ControlFlow::Continue(()),
+        })
+    };
+    let kept = go(&ck, Sparsity::Keep, None, 0).unwrap().checkpoint;
+    let same = in_layers(&ck).iter().zip(in_layers(&kept)).all(|(a, b)| (*a == 0.0) == (b == 0.0));
+    assert!(same && distance(&kept, &ck) > 1e-3, "the same zeros, other weights");
+    assert_eq!(zeros(&go(&ck, Sparsity::Free, None, 0).unwrap().checkpoint), 0);
+    for (scope, until) in [(Scope::Global, 0.6), (Scope::PerLayer, 1.0)] {
+        let cubic = Sparsity::Cubic { share: 0.8, scope, until };
+        let whole = go(&dense, cubic, None, 0).unwrap().checkpoint;
+        match scope {
+            Scope::Global => assert_eq!(zeros(&whole), (0.8 * n as f64).round() as usize),
+            Scope::PerLayer => {
+                let inside = sparsity(&whole).into_iter().filter(|(_, share)| *share > 0.0);
+                assert!(inside.into_iter().all(|(_, share)| (share - 0.8).abs() < 0.05));
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("state");
+        let state = State { dir: &place, every_steps: 0, resume: true, key: "k".into() };
+        assert!(go(&dense, cubic, Some(&state), 16).is_err());
+        let rest = go(&dense, cubic, Some(&state), 0).unwrap().checkpoint;
+        assert_eq!(distance(&rest, &whole), 0.0, "{scope:?}");
+    }
+    for (share, until) in [(0.0, 0.5), (1.5, 0.5), (0.5, 0.0), (f64::NAN, 0.5)] {
+        let cubic = Sparsity::Cubic { share, scope: Scope::Global, until };
+        let e = go(&ck, cubic, None, 0).err().unwrap().to_string();
+        assert!(e.contains("sparsity"), "{e}");
+    }
+}
+
+/// Alpha and temperature move in a straight line; without an end they stay.
+#[test]
+fn objectives_move_in_a_line() {
+    let soft = Soft {
+        alpha: 0.1,
+        temperature: 4.0,
+        alpha_end: Some(0.9),
+        temperature_end: Some(1.0),
+        logits: &[0.0],
+        ..Soft::default()
+    };
+    let at = |soft, progress| Objective::Distill(Hard::default(), soft).at(progress).soft().unwrap();
+    for (progress, alpha, temperature) in [(0.0, 0.1, 4.0), (0.5, 0.5, 2.5), (1.0, 0.9, 1.0)] {
+        let now = at(soft, progress);
+        assert!((now.alpha - alpha).abs() < 1e-6 && (now.temperature - temperature).abs() < 1e-6);
+    }
+    let fixed = at(Soft { alpha_end: None, temperature_end: None, ..soft }, 0.7);
+    assert_eq!((fixed.alpha, fixed.temperature), (0.1, 4.0));
+    let ck = lively(uneven(HEADS[0]), 3);
+    let (encodings, labels) = (sentences(40, 30, 21), labels(40));
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let teacher: Vec<f32> = (0..120).map(|i| (i % 7) as f32 - 3.0).collect();
+    let objective = Objective::Distill(Hard::default(), Soft { logits: &teacher, ..soft });
+    let mut shares = vec![];
+    let s = FitSettings { epochs: 1, dropout: Dropout::default(), ..settings() };
+    fit(&ck, &set, &objective, &s, None, &mut |e| {
+        if let Event::Step(p) = e {
+            shares.push((p.losses.total - p.losses.kl) / (p.losses.ce - p.losses.kl));
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert!((shares[0] - 0.1).abs() < 1e-4 && (shares[shares.len() - 1] - 0.9).abs() < 1e-4, "{shares:?}");
+    let bad = Objective::Distill(Hard::default(), Soft { logits: &teacher, alpha_end: Some(2.0), ..soft });
+    assert!(fit(&ck, &set, &bad, &s, None, &mut |_| ControlFlow::Continue(())).is_err());
+}
+
+/// A sentence without a label has the KL alone, and the cross-entropy is the mean over the others.
+#[test]
+fn unlabelled_sentences_learn_from_the_teacher_alone() {
+    use quetsch_train::loss::{Shares, losses};
+    let logits = [0.5, -1.0, 2.0, 1.5, 0.0, -0.5];
+    let teacher = [1.0, 0.0, 0.5, -1.0, 2.0, 0.0];
+    let soft = Soft { alpha: 0.3, temperature: 2.0, logits: &teacher, ..Soft::default() };
+    let run = |logits: &[f32], labels: &[u32], examples: &[usize], soft: Soft| {
+        let objective = Objective::Distill(Hard::default(), soft);
+        let shares = Shares::of(&objective, labels.iter().copied(), 1);
+        let mut d = vec![9.0; logits.len()];
+        (losses(logits, labels, examples, &objective, shares, &mut d), d)
+    };
+    let (both, d) = run(&logits, &[2, UNLABELLED], &[0, 1], soft);
+    let (first, _) = run(&logits[..3], &[2], &[0], soft);
+    let (second, kl) = run(&logits[3..], &[0], &[1], Soft { alpha: 0.0, ..soft });
+    assert!((both.ce - first.ce).abs() < 1e-6 && (both.kl - (first.kl + second.kl) / 2.0).abs() < 1e-6);
+    // Half the step's sentences, and 1 - alpha of the weight.
+    let want: Vec<f32> = kl.iter().map(|g| 0.5 * 0.7 * g).collect();
+    assert!(worst(&d[3..], &want) < 1e-6);
+    let none = run(&logits, &[UNLABELLED; 2], &[0, 1], soft).0;
+    assert!(none.ce == 0.0 && none.total.is_finite());
+    assert_eq!(ClassWeights::Balanced.of(&[0, UNLABELLED, 1, 1], 2), ClassWeights::Balanced.of(&[0, 1, 1], 2));
+    let ck = lively(uneven(HEADS[0]), 3);
+    let (encodings, labels) = (sentences(2, 30, 21), [0, UNLABELLED]);
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    assert!(fit(&ck, &set, &CE, &settings(), None, &mut |_| ControlFlow::Continue(())).is_err(), "no teacher");
+    let go = Objective::Distill(Hard::default(), soft);
+    assert!(fit(&ck, &set, &go, &settings(), None, &mut |_| ControlFlow::Continue(())).is_ok());
+}
+
+#[test]
+fn random_students_have_the_shape_asked_for() {
+    use quetsch_train::student::{Shape, random_student};
+    for family in FAMILIES {
+        let teacher = lively(in_family(uneven(HEADS[1]), family), 3);
+        let shape = Shape { layers: 2, hidden: 12, heads: 3, ffn: 7 };
+        let student = random_student(&teacher, shape, 1).unwrap();
+        assert_eq!((student.spec.hidden, student.spec.head_dim, student.spec.layers.len()), (12, 4, 2));
+        assert_eq!(student.labels, teacher.labels);
+        let logits = Model::pack(&student).logits(&sentences(3, 30, 2), 1).unwrap();
+        assert!(logits.iter().all(|v| v.is_finite()));
+        assert_ne!(
+            random_student(&teacher, shape, 2).unwrap().values(Tensor::Position),
+            student.values(Tensor::Position)
+        );
+        for (layers, hidden, heads) in [(0, 12, 3), (2, 12, 5), (2, 12, 0), (2, 0, 1)] {
+            assert!(random_student(&teacher, Shape { layers, hidden, heads, ffn: 4 }, 1).is_err());
+        }
     }
 }

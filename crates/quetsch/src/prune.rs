@@ -6,18 +6,26 @@
 //! L1 or L2; Li et al. 2017) or from outside, such as gradients of a head mask (Michel et al. 2019). [`plan`] is pure
 //! and its [`Plan`] can be printed, stored and edited; [`apply`] only slices.
 //!
+//! [`search`] fills a budget with heads and channels together, [`tune`] fits what is left to what was there.
+//!
 //! The law that proves the surgery: *masking the groups ([`masks`]), then forward == applying the plan, then forward*.
 
 mod apply;
 mod budget;
+mod calibrate;
 mod groups;
 mod plan;
 mod scores;
+mod search;
+mod sparse;
 
 pub use apply::{apply, dense, keep_layers};
 pub use budget::{Amount, Budget, ByLayer, Cut, Scope};
+pub use calibrate::{Tune, activation, tune};
 pub use plan::{Parent, ParentLayer, Plan, VERSION, fingerprint, masks, plan};
 pub use scores::{Magnitude, Scores, magnitude};
+pub use search::{Costs, Keep, rearrange, search};
+pub use sparse::{sparse, sparse_sites, sparsify, sparsity};
 
 #[cfg(test)]
 mod tests;

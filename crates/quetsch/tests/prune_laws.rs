@@ -10,10 +10,10 @@ use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
 use quetsch::hooks;
 use quetsch::ops::{self, Inspect, With};
 use quetsch::prune::{Amount, Budget, Cut, Magnitude, Plan, Scope, Scores};
-use quetsch::prune::{apply, dense, keep_layers, magnitude, masks, plan};
+use quetsch::prune::{Tune, activation, apply, dense, keep_layers, magnitude, masks, plan, tune};
 use quetsch::rng::Rng;
 use quetsch::runtime::{CpuOps, Model, Workspace};
-use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
+use quetsch::spec::{Activation, At, Family, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
 use reference::{Masks, forward, lively, worst};
 
 /// The f64 forward sums in order, so zero terms change nothing: the largest distance of 20,000 random models was 0.
@@ -232,4 +232,127 @@ fn float_types_survive() {
         assert_eq!(kind(ck, Tensor::B(Lin::Up(0))), Some(FloatType::Bf16));
         assert_eq!(kind(ck, Tensor::W(Lin::Up(0))), Some(FloatType::F32));
     }
+}
+
+/// What a model has at a place on these sentences.
+fn seen(ck: &Checkpoint, sentences: &[Encoding], at: At) -> Vec<f64> {
+    let (model, mut ws) = (Model::pack(ck), Workspace::default());
+    let batch = Batch::new(&ck.spec, sentences).unwrap();
+    let mut record = hooks::Record { want: vec![at], got: Default::default() };
+    ops::forward(&mut With { ops: &mut CpuOps::new(&model, &mut ws), hook: &mut record }, &ck.spec, &batch);
+    record.got.remove(&at).unwrap().into_iter().map(f64::from).collect()
+}
+
+fn some_sentences(spec: &ModelSpec, n: usize, seed: u64) -> Vec<Encoding> {
+    let mut rng = Rng::new(seed);
+    let mut one = |_| {
+        let len = 1 + rng.below(spec.longest());
+        Encoding { ids: (0..len).map(|_| rng.below(spec.vocab) as u32).collect(), types: vec![] }
+    };
+    (0..n).map(&mut one).collect()
+}
+
+/// By their definition, in f64: the root of the mean squared length of what a group adds.
+#[test]
+fn activation_scores_are_what_groups_add() {
+    let ck = lively(reference::uneven(HeadSpec::MeanMlp { labels: 3 }), 1);
+    let sentences = some_sentences(&ck.spec, 70, 4);
+    let tokens: usize = sentences.iter().map(|s| s.ids.len()).sum();
+    let hidden = ck.spec.hidden;
+    let length = |at: At, site: Lin, from: usize, to: usize| {
+        let (x, w) = (seen(&ck, &sentences, at), ck.values(Tensor::W(site)));
+        let n = w.len() / hidden;
+        let added = x.chunks(n).flat_map(|h| {
+            let w = &w;
+            (0..hidden).map(move |o| (from..to).map(|i| f64::from(w[o * n + i]) * h[i]).sum::<f64>())
+        });
+        (added.map(|v| v * v).sum::<f64>() / tokens as f64).sqrt()
+    };
+    let cosine = |l: usize| {
+        let before = seen(&ck, &sentences, if l == 0 { At::Embedded } else { At::Hidden(l - 1) });
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let after = seen(&ck, &sentences, At::Hidden(l));
+        let rows = before.chunks(hidden).zip(after.chunks(hidden));
+        let far = rows.map(|(a, b)| 1.0 - dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()).sum::<f64>();
+        far / tokens as f64
+    };
+    for threads in [1, 2] {
+        let scores = activation(&ck, &sentences, threads).unwrap();
+        let close =
+            |got: f32, want: f64| assert!((f64::from(got) - want).abs() < 1e-4 * want.max(1.0), "{got} {want}");
+        for (l, layer) in ck.spec.layers.iter().enumerate() {
+            let d = ck.spec.head_dim;
+            assert_eq!((scores.heads[l].len(), scores.ffn[l].len()), (layer.heads.len(), layer.ffn));
+            for (h, s) in scores.heads[l].iter().enumerate() {
+                close(*s, length(At::Context(l), Lin::Out(l), h * d, (h + 1) * d));
+            }
+            for (c, s) in scores.ffn[l].iter().enumerate() {
+                close(*s, length(At::FfnHidden(l), Lin::Down(l), c, c + 1));
+            }
+            close(scores.layers[l], cosine(l));
+        }
+    }
+    assert!(activation(&ck, &[], 1).is_err());
+}
+
+/// The fitted matrices solve their normal equations, in f64; and what was removed but can be told from the rest is back.
+#[test]
+fn tuning_is_least_squares() {
+    let mut parent = lively(reference::uneven(HeadSpec::MeanMlp { labels: 3 }), 1);
+    let (hidden, ffn) = (parent.spec.hidden, parent.spec.layers[0].ffn);
+    // The second channel of layer 0 does what the first does.
+    let mut twin = |t: Tensor, at: &dyn Fn(usize) -> usize, step: usize, n: usize| {
+        let mut w = parent.values(t).into_owned();
+        (0..n).for_each(|i| w[at(1) + i * step] = w[at(0) + i * step]);
+        parent.set(t, Stored::f32(w));
+    };
+    twin(Tensor::W(Lin::Up(0)), &|c| c * hidden, 1, hidden);
+    twin(Tensor::B(Lin::Up(0)), &|c| c, 1, 1);
+    twin(Tensor::W(Lin::Down(0)), &|c| c, ffn, hidden);
+    let sentences = some_sentences(&parent.spec, 90, 4);
+    let cut = |heads: &[(usize, Vec<usize>)], ffn: &[(usize, Vec<usize>)]| {
+        let list = |l: &[(usize, Vec<usize>)]| Amount::List(l.iter().cloned().collect());
+        let cut = |l| Cut { amount: list(l), ..Cut::default() };
+        let budget = Budget { heads: cut(heads), ffn: cut(ffn), ..Budget::default() };
+        plan(&parent.spec, &Scores::default(), &budget).unwrap()
+    };
+    let logits = |ck: &Checkpoint| Model::pack(ck).logits(&sentences, 1).unwrap();
+    let far = |ck: &Checkpoint| -> f64 {
+        logits(ck).iter().zip(logits(&parent)).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    };
+    let plan = cut(&[], &[(0, vec![1])]);
+    let child = apply(&parent, &plan).unwrap();
+    for how in [Tune::Mask, Tune::Weights] {
+        let tuned = tune(&parent, &child, &plan, &sentences, how, 2).unwrap();
+        assert!(far(&tuned) < 0.02 * far(&child), "{how:?}: {} of {}", far(&tuned), far(&child));
+        let same = tune(&parent, &parent, &cut(&[], &[]), &sentences, how, 2).unwrap();
+        assert!(far(&same) < 1e-6, "nothing is missing: {}", far(&same));
+    }
+    let gone = parent.spec.layers[0].heads[0].into();
+    let plan = cut(&[(0, vec![gone])], &[(0, vec![1, 2]), (2, vec![0])]);
+    let child = apply(&parent, &plan).unwrap();
+    let tuned = tune(&parent, &child, &plan, &sentences, Tune::Weights, 1).unwrap();
+    let (site, at) = (Tensor::W(Lin::Out(0)), At::Context(0));
+    let (h, k) = (seen(&parent, &sentences, at), seen(&child, &sentences, at));
+    let values = |ck: &Checkpoint| ck.values(site).iter().map(|v| f64::from(*v)).collect::<Vec<f64>>();
+    let (w, v, fitted) = (values(&parent), values(&child), values(&tuned));
+    let (m, n) = (w.len() / hidden, v.len() / hidden);
+    let mut gradient = vec![0.0; v.len()];
+    let (mut diagonal, mut size) = (0.0, 0.0f64);
+    for (h, k) in h.chunks(m).zip(k.chunks(n)) {
+        diagonal += k.iter().map(|x| x * x).sum::<f64>() / n as f64;
+        for o in 0..hidden {
+            let dot = |w: &[f64], x: &[f64], n: usize| (0..n).map(|i| w[o * n + i] * x[i]).sum::<f64>();
+            let r = dot(&fitted, k, n) - dot(&w, h, m);
+            (0..n).for_each(|i| gradient[o * n + i] += r * k[i]);
+            size = size.max((dot(&v, k, n) - dot(&w, h, m)).abs());
+        }
+    }
+    gradient.iter_mut().zip(fitted.iter().zip(&v)).for_each(|(g, (a, b))| *g += 0.01 * diagonal * (a - b));
+    let worst = gradient.iter().fold(0.0f64, |m, g| m.max(g.abs()));
+    assert!(worst < 1e-3 * diagonal * size, "{worst} with {diagonal} and {size}");
+    let mask = tune(&parent, &child, &plan, &sentences, Tune::Mask, 1).unwrap();
+    assert!(far(&tuned) < far(&child) && far(&mask) < far(&child));
+    let other = cut(&[], &[(1, vec![0])]);
+    assert!(tune(&parent, &child, &other, &sentences, Tune::Mask, 1).is_err());
 }

@@ -1,11 +1,12 @@
 //! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept.
 
-use crate::ui::{Ui, mb};
+use crate::ui::{Ui, mb, percent};
 use crate::work::parts::{bytes, part_of};
 use anyhow::Result;
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use quetsch::dir;
+use quetsch::prune;
 use quetsch::quant::{self, Scheme};
 use quetsch::spec::Tensor;
 use serde::Serialize;
@@ -46,6 +47,9 @@ struct Facts {
     parts: BTreeMap<&'static str, Part>,
     layers: Vec<Layer>,
     sites: BTreeMap<String, &'static str>,
+    /// Share of zeros of the linears that have any to speak of.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    sparsity: BTreeMap<String, f64>,
     warnings: Vec<String>,
 }
 
@@ -66,7 +70,10 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
     });
     let sites =
         spec.linears().into_iter().map(|(l, ..)| (quant::site(spec, l), Scheme::of(ck.get(Tensor::W(l))).name()));
+    // A weight that is 0 by chance is no sparsity.
+    let zeros = prune::sparsity(&ck).into_iter().filter(|(_, share)| *share >= 0.001);
     let facts = Facts {
+        sparsity: zeros.map(|(l, share)| (quant::site(spec, l), share)).collect(),
         parameters: ck.parameters(),
         bytes: parts.values().map(|p| p.bytes).sum(),
         family: spec.family.facts().model_type,
@@ -138,6 +145,12 @@ fn human(f: &Facts) -> String {
         f.head,
         schemes.join("\n")
     );
+    if !f.sparsity.is_empty() {
+        text += "\n\nzeros (they take the same time and space as other weights):";
+        for (site, share) in &f.sparsity {
+            text += &format!("\n  {site}: {}", percent(*share));
+        }
+    }
     for warning in &f.warnings {
         text += &format!("\nnote: {warning}");
     }

@@ -9,7 +9,7 @@ mod place;
 mod search;
 
 use crate::exit::usage;
-use crate::settings::{Compare, Data, Distill, Eval, Level, Prune, Quantize, Settings, Train};
+use crate::settings::{Compare, Data, Distill, Eval, Level, MORE_TEACHERS, Prune, Quantize, Settings, Train};
 use anyhow::{Context, Result};
 use overrides::{Override, from_environment};
 use place::{Step, line_and_column, locate, path};
@@ -409,7 +409,8 @@ impl Kind {
             Kind::Train(s) => vec![("model", s.model.clone())],
             Kind::Distill(s) => {
                 let start = s.model.clone().map(|m| ("model", Some(m)));
-                std::iter::once(("teacher", s.teacher.clone())).chain(start).collect()
+                let more = MORE_TEACHERS.into_iter().zip(&s.teachers).map(|(role, t)| (role, Some(t.clone())));
+                std::iter::once(("teacher", s.teacher.clone())).chain(start).chain(more).collect()
             }
             Kind::Prune(s) => vec![("model", s.model.clone()), ("teacher", s.teacher.clone())],
             Kind::Quantize(s) => vec![("model", s.model.clone())],

@@ -125,6 +125,10 @@ pub struct Train {
     /// Head to add when the model has none
     #[arg(long, value_enum, default_value_t = Head::Mean)]
     pub head: Head,
+    /// Also train so many models, each without its part of the data, and keep their logits on that part: targets for a
+    /// student (`out-of-fold`)
+    #[arg(long, default_value_t = 0)]
+    pub folds: usize,
     /// The training loop.
     #[command(flatten)]
     #[serde(flatten)]
@@ -135,6 +139,7 @@ impl Settings for Train {
     fn check(&self) -> Vec<Finding> {
         let mut c = Check::default();
         c.error(self.training.epochs > 0, "epochs", || "is 0, must be at least 1".into());
+        c.error(self.folds != 1, "folds", || "is 1, must be 0 (none) or at least 2".into());
         self.training.check_into(&mut c);
         c.0
     }
@@ -155,6 +160,34 @@ pub struct Distill {
     /// Teacher layers that the student starts from, counted from 0; none given keeps all
     #[arg(long, value_delimiter = ',', value_name = "LAYER")]
     pub layers: Vec<usize>,
+    /// More teachers with the same labels: the target is the mean of all teachers' logits
+    #[arg(long, value_delimiter = ',', value_name = "DIR")]
+    pub teachers: Vec<String>,
+    /// Their weights in the mean, the first one that of the teacher [default: all alike]
+    #[arg(long, value_delimiter = ',', value_name = "WEIGHT")]
+    pub teacher_weights: Vec<f64>,
+    /// Take the teacher's logits on training sentences from models that did not see them (its training had `folds`)
+    #[arg(long)]
+    pub out_of_fold: bool,
+    /// Texts without labels, learned from the teacher alone: .txt, or a text column
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unlabelled: Option<String>,
+    /// Start from random weights, with as many layers as `layers` lists
+    #[arg(long)]
+    pub random: bool,
+    /// Random student: width of the hidden states [default: the teacher's]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub student_hidden: Option<usize>,
+    /// Random student: attention heads per layer [default: the teacher's]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub student_heads: Option<usize>,
+    /// Random student: width of the feed-forward networks [default: the teacher's widest]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub student_ffn: Option<usize>,
     /// The loss.
     #[command(flatten)]
     #[serde(flatten)]
@@ -165,9 +198,35 @@ pub struct Distill {
     pub training: Training,
 }
 
+/// The roles of the teachers besides the first.
+pub const MORE_TEACHERS: [&str; 7] =
+    ["teacher-2", "teacher-3", "teacher-4", "teacher-5", "teacher-6", "teacher-7", "teacher-8"];
+
 impl Settings for Distill {
     fn check(&self) -> Vec<Finding> {
         let mut c = Check::default();
+        let most = MORE_TEACHERS.len();
+        c.error(self.teachers.len() <= most, "teachers", || {
+            format!("lists {} teachers, at most {most} besides the first", self.teachers.len())
+        });
+        let (weights, all) = (&self.teacher_weights, 1 + self.teachers.len());
+        c.error(weights.is_empty() || weights.len() == all, "teacher-weights", || {
+            format!("has {} weights for {all} teachers", weights.len())
+        });
+        c.error(weights.iter().all(|w| w.is_finite() && *w > 0.0), "teacher-weights", || {
+            format!("is {weights:?}, each must be above 0")
+        });
+        c.error(!self.random || self.model.is_none(), "random", || {
+            "starts a student from nothing, but `model` gives one: leave out one of them".into()
+        });
+        let shapes = [
+            ("student-hidden", self.student_hidden),
+            ("student-heads", self.student_heads),
+            ("student-ffn", self.student_ffn),
+        ];
+        for (key, n) in shapes {
+            c.error(n.is_none() || self.random, key, || "is the shape of a random student: set `random`".into());
+        }
         c.error(self.layers.windows(2).all(|w| w[0] < w[1]), "layers", || {
             format!("is {:?}, must rise from each layer to the next", self.layers)
         });
@@ -184,10 +243,51 @@ pub enum Score {
     /// Sum of |loss gradient of its mask| over training batches (Michel et al. 2019).
     #[default]
     Gradient,
+    /// Mean of that over single sentences (Molchanov et al. 2017).
+    Taylor,
+    /// Mean of its square over single sentences (Kwon et al. 2022).
+    Fisher,
+    /// Length of what it adds to the hidden states, on training sentences.
+    Activation,
     /// Sum of absolute weights.
     L1,
     /// Root of the sum of squared weights.
     L2,
+}
+
+/// What a group competes with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scope {
+    /// The groups of all layers.
+    #[default]
+    Global,
+    /// Those of its layer.
+    PerLayer,
+}
+
+/// When single weights become zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum SparsitySchedule {
+    /// At once, before the recovery.
+    #[default]
+    OneShot,
+    /// During the recovery, along a cubic curve (Zhu & Gupta 2017).
+    Cubic,
+}
+
+/// What is fitted by least squares after a cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tune {
+    /// Nothing.
+    #[default]
+    None,
+    /// A factor for every head and channel that stays (Kwon et al. 2022).
+    Mask,
+    /// The output matrices of attention and feed-forward network.
+    Weights,
 }
 
 /// Which entries of the vocabulary stay.
@@ -216,7 +316,7 @@ pub struct Prune {
     /// Attention heads to cut: a share (0.3), a number (12) or a list of layer:head (0:1,0:7,2:3)
     #[arg(long, default_value_t = Amount::default())]
     pub heads: Amount,
-    /// Feed-forward channels to cut in every layer: a share (0.25) or a number (256)
+    /// Feed-forward channels to cut, in every layer if their scope is per-layer: a share (0.25) or a number (256)
     #[arg(long, default_value_t = Amount::default())]
     pub ffn: Amount,
     /// Layers to cut: a number (1), a share (0.5) or a list of layers (3,5)
@@ -228,12 +328,52 @@ pub struct Prune {
     /// What says how much a head or a channel matters
     #[arg(long, value_enum, default_value_t = Score::Gradient)]
     pub score: Score,
-    /// Training batches that the gradient score looks at
+    /// Training batches that scores and least squares look at
     #[arg(long, default_value_t = Prune::default().score_batches)]
     pub score_batches: usize,
-    /// Largest share of its heads that one layer may lose
-    #[arg(long, default_value_t = Prune::default().max_per_layer)]
-    pub max_per_layer: f64,
+    /// Largest share of its heads that one layer may lose [default: 0.5; 1 with keep-macs or keep-parameters]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_per_layer: Option<f64>,
+    /// Share of the multiply-accumulates of all heads and channels that stays, chosen over both kinds together
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_macs: Option<f64>,
+    /// The same for their parameters
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_parameters: Option<f64>,
+    /// What a head competes with
+    #[arg(long, value_enum, default_value_t = Scope::Global)]
+    pub heads_scope: Scope,
+    /// What a channel competes with
+    #[arg(long, value_enum, default_value_t = Scope::PerLayer)]
+    pub ffn_scope: Scope,
+    /// Feed-forward widths stay multiples of this; 32 keeps kernels at full speed
+    #[arg(long, default_value_t = Prune::default().align)]
+    pub align: usize,
+    /// Choose again within each layer, looking at what goes together (needs the fisher score)
+    #[arg(long)]
+    pub rearrange: bool,
+    /// What is fitted to the model before the cut by least squares on training sentences
+    #[arg(long, value_enum, default_value_t = Tune::None)]
+    pub tune: Tune,
+    /// Share of the single weights of all layers that become zero, the smallest; no shape changes, nothing runs faster
+    #[arg(long, value_name = "SHARE", default_value_t = Prune::default().sparsity)]
+    pub sparsity: f64,
+    /// What a single weight competes with: all matrices, or its own (per-layer)
+    #[arg(long, value_enum, default_value_t = Scope::PerLayer)]
+    pub sparsity_scope: Scope,
+    /// When single weights become zero
+    #[arg(long, value_enum, default_value_t = SparsitySchedule::OneShot)]
+    pub sparsity_schedule: SparsitySchedule,
+    /// Cubic schedule: the share of the steps after which the zeros stay as they are
+    #[arg(long, value_name = "SHARE", default_value_t = Prune::default().sparsity_until)]
+    pub sparsity_until: f64,
+    /// A plan.json to apply instead of making a plan
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<String>,
     /// The recovery's loss.
     #[command(flatten)]
     #[serde(flatten)]
@@ -255,7 +395,19 @@ impl Default for Prune {
             vocab: Vocab::All,
             score: Score::Gradient,
             score_batches: 40,
-            max_per_layer: 0.5,
+            max_per_layer: None,
+            keep_macs: None,
+            keep_parameters: None,
+            heads_scope: Scope::Global,
+            ffn_scope: Scope::PerLayer,
+            align: 1,
+            rearrange: false,
+            tune: Tune::None,
+            sparsity: 0.0,
+            sparsity_scope: Scope::PerLayer,
+            sparsity_schedule: SparsitySchedule::OneShot,
+            sparsity_until: 0.7,
+            plan: None,
             kd: Kd::default(),
             training: Training::default(),
         }
@@ -271,14 +423,48 @@ impl Settings for Prune {
                 c.range(key, *share, 0.0, 1.0);
             }
         }
-        let anything = amounts.iter().any(|(_, a)| !a.is_none()) || self.vocab != Vocab::All;
-        c.error(anything, "heads", || {
-            "nothing to prune: say how many `heads`, `ffn` channels or `layers` to cut, or set `vocab`".into()
+        let budget = self.keep_macs.is_some() || self.keep_parameters.is_some();
+        let cuts = amounts.iter().any(|(_, a)| !a.is_none());
+        let others = self.plan.is_some() || self.vocab != Vocab::All || self.sparsity != 0.0;
+        c.error(cuts || budget || others, "heads", || {
+            "nothing to prune: say how many `heads`, `ffn` channels or `layers` to cut, or set `keep-macs`, \
+             `keep-parameters`, `plan`, `sparsity` or `vocab`"
+                .into()
         });
+        c.error(self.plan.is_none() || !(cuts || budget || self.rearrange), "plan", || {
+            "says what to cut: leave out heads, ffn, layers, keep-macs, keep-parameters and rearrange".into()
+        });
+        for (key, share) in [("keep-macs", self.keep_macs), ("keep-parameters", self.keep_parameters)] {
+            let Some(share) = share else { continue };
+            c.error(share > 0.0 && share <= 1.0, key, || format!("is {share}, must lie in (0, 1]"));
+            c.error(!cuts, key, || "chooses heads and channels itself: leave out heads, ffn and layers".into());
+            c.error(matches!(self.score, Score::Taylor | Score::Fisher), key, || {
+                "compares heads with channels, which needs scores of one unit: set `score` to fisher or taylor"
+                    .into()
+            });
+        }
+        c.error(self.keep_macs.is_none() || self.keep_parameters.is_none(), "keep-macs", || {
+            "and keep-parameters are two budgets: leave out one".into()
+        });
+        c.error(!self.rearrange || self.score == Score::Fisher, "rearrange", || {
+            "needs second order: set `score` to fisher".into()
+        });
+        c.error(self.tune == Tune::None || self.layers.is_none(), "tune", || {
+            "fits every layer to what it was, so none may go: cut `layers` in a stage of its own".into()
+        });
+        c.range("sparsity", self.sparsity, 0.0, 1.0);
+        let until = self.sparsity_until;
+        c.error(until > 0.0 && until <= 1.0, "sparsity-until", || format!("is {until}, must lie in (0, 1]"));
+        let cubic = self.sparsity_schedule == SparsitySchedule::Cubic;
+        c.error(!cubic || self.sparsity > 0.0, "sparsity-schedule", || "is cubic, but `sparsity` is 0".into());
+        c.error(!cubic || self.training.epochs > 0, "sparsity-schedule", || {
+            "is cubic, which happens during the recovery: set `epochs` above 0".into()
+        });
+        c.error(self.align > 0, "align", || "is 0, must be at least 1".into());
         c.error(!matches!(self.ffn, Amount::List(_)), "ffn", || {
             "is a list, must be a share (0.25) or a number (256)".into()
         });
-        c.range("max-per-layer", self.max_per_layer, 0.0, 1.0);
+        c.range("max-per-layer", self.max_per_layer.unwrap_or(0.5), 0.0, 1.0);
         c.error(self.score_batches > 0, "score-batches", || "is 0, must be at least 1".into());
         self.kd.check_into(&mut c);
         self.training.check_into(&mut c);

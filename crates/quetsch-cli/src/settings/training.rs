@@ -119,6 +119,9 @@ pub struct Training {
     /// Longest text in tokens; longer ones are cut
     #[arg(long, default_value_t = Training::default().max_length)]
     pub max_length: usize,
+    /// Leave weights of the layers that are exactly 0 as they are: a sparse model stays sparse
+    #[arg(long)]
+    pub keep_zeros: bool,
     /// Which epoch's weights are kept
     #[arg(long, value_enum, default_value_t = Training::default().keep)]
     pub keep: KeepEpoch,
@@ -153,6 +156,7 @@ impl Default for Training {
             precision: Precision::Auto,
             freeze: vec![],
             max_length: 256,
+            keep_zeros: false,
             keep: KeepEpoch::Last,
             patience: 0,
             save_every: 200,
@@ -212,6 +216,14 @@ pub struct Kd {
     /// Temperature that softens both distributions
     #[arg(long, default_value_t = Kd::default().temperature)]
     pub temperature: f64,
+    /// What alpha becomes by the last step, in a straight line [default: as it is]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha_end: Option<f64>,
+    /// The same for the temperature
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature_end: Option<f64>,
     /// Weight of the distance between the logits, beside the two
     #[arg(long, value_name = "WEIGHT", default_value_t = Kd::default().logits)]
     pub logits: f64,
@@ -281,6 +293,8 @@ impl Default for Kd {
         Kd {
             alpha: 0.3,
             temperature: 3.0,
+            alpha_end: None,
+            temperature_end: None,
             logits: 0.0,
             logits_loss: Measure::Mse,
             hidden: 0.0,
@@ -320,6 +334,12 @@ impl Kd {
             c.error(*map == default || weight != 0.0, key, || {
                 format!("is {map}, but `{part}` is no part of the loss: set it to a weight above 0")
             });
+        }
+        if let Some(end) = self.alpha_end {
+            c.range("alpha-end", end, 0.0, 1.0);
+        }
+        if let Some(end) = self.temperature_end {
+            c.error(end.is_finite() && end > 0.0, "temperature-end", || format!("is {end}, must be above 0"));
         }
         c.error(self.relation_heads != Some(0), "relation-heads", || "is 0, must be at least 1".into());
         c.error(!self.relations_of.is_empty(), "relations-of", || "is empty: name query, key or value".into());

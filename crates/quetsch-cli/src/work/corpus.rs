@@ -13,8 +13,26 @@ pub struct Training {
     pub train: Dataset,
     /// What settings are chosen on; may be empty.
     pub validation: Dataset,
+    /// Texts that only a teacher says something about; they stand behind the others.
+    pub unlabelled: Vec<String>,
     /// blake3 of the file, and of the split.
     pub hash: String,
+}
+
+impl Training {
+    /// Adds texts without labels.
+    pub fn add_unlabelled(&mut self, path: &Path, data: &Data) -> Result<()> {
+        self.unlabelled = data::read_texts(Some(path), data.text_col.as_deref())?;
+        self.unlabelled.retain(|t| !t.trim().is_empty());
+        self.hash = hash_of(&[&self.hash, &hash_file(path)?]);
+        Ok(())
+    }
+
+    /// The labels of all texts.
+    pub fn targets(&self) -> Vec<u32> {
+        let none = std::iter::repeat_n(quetsch_train::UNLABELLED, self.unlabelled.len());
+        self.train.labels.iter().copied().chain(none).collect()
+    }
 }
 
 /// Test data.
@@ -69,7 +87,7 @@ pub fn training(data: &Data, names: &[String], seed: u64, ui: &Ui) -> Result<Tra
     let columns = format!("{:?} {:?}", data.text_col, data.label_col);
     let hash = hash_of(&[&bytes, &data.validation.to_string(), &seed.to_string(), &columns]);
     let (train, validation) = data::split(&set, data.validation, seed);
-    Ok(Training { train, validation, hash })
+    Ok(Training { train, validation, unlabelled: vec![], hash })
 }
 
 /// Reads the test data, if there is any.

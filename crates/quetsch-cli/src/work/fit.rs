@@ -13,7 +13,9 @@ use quetsch::metrics::argmax;
 use quetsch::runtime::Model;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles};
 use quetsch_train::fit::Progress;
-use quetsch_train::{Dropout, Event, FitError, FitSettings, Losses, Objective, State, Stop, TrainSet, fit};
+use quetsch_train::{
+    Dropout, Event, FitError, FitSettings, Losses, Objective, Sparsity, State, Stop, TrainSet, fit,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -34,10 +36,9 @@ pub struct Encoded {
 /// Tokenises the training data.
 pub fn encode(corpus: &Corpus, tokenizer: &TokenizerFiles, max_length: usize, threads: usize) -> Result<Encoded> {
     let tokenizer = Tokenizer::new(tokenizer)?;
-    Ok(Encoded {
-        train: tokenizer.encode_all(&corpus.train.texts, max_length, threads)?,
-        validation: tokenizer.encode_all(&corpus.validation.texts, max_length, threads)?,
-    })
+    let mut train = tokenizer.encode_all(&corpus.train.texts, max_length, threads)?;
+    train.extend(tokenizer.encode_all(&corpus.unlabelled, max_length, threads)?);
+    Ok(Encoded { train, validation: tokenizer.encode_all(&corpus.validation.texts, max_length, threads)? })
 }
 
 /// One epoch of a report.
@@ -83,6 +84,8 @@ pub struct Fit<'a> {
     pub objective: Objective<'a>,
     /// How.
     pub settings: &'a Training,
+    /// What happens to weights that are exactly 0.
+    pub sparsity: Sparsity,
     /// Threads.
     pub threads: usize,
     /// Folder for the state, the best epoch and `metrics.jsonl`.
@@ -116,7 +119,8 @@ impl Fit<'_> {
         }
         let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), resume)?;
         ui.note(format!("{}: matrix products in {}", self.name, s.precision.here().name()));
-        let set = TrainSet { encodings: &self.encoded.train, labels: &self.corpus.train.labels };
+        let targets = self.corpus.targets();
+        let set = TrainSet { encodings: &self.encoded.train, labels: &targets };
         let state = State { dir: &state_dir, every_steps: s.save_every, resume, key: self.key.to_string() };
         let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
         let mut bar: Option<ui::Bar> = None;
@@ -212,6 +216,7 @@ impl Fit<'_> {
             seed: s.seed.unwrap_or(42),
             threads: self.threads,
             precision: s.precision.here(),
+            sparsity: self.sparsity,
         }
     }
 

@@ -3,25 +3,22 @@
 use super::corpus::{self, Training as Corpus};
 use super::fit::{self, Encoded, Fit, Trained};
 use super::teacher::{Inside, soft};
-use super::{Job, Made, quantize, round};
+use super::{Job, Made, folds, quantize, thin};
 use crate::recipe::Kind;
-use crate::settings::{self, Data, Distill, Head, Prune, Score, Train, Training, Vocab};
-use crate::ui::{Ui, percent};
-use crate::values::{Amount, Place};
+use crate::settings::{self, Data, Distill, Head, MORE_TEACHERS, Train, Training};
+use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
 use quetsch::atomic::write_file;
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::dir::{self, ModelDir};
 use quetsch::head::{HeadKind, with_head};
-use quetsch::prune::{self, Budget, Cut, Magnitude, Plan, Scope, Scores};
+use quetsch::prune;
 use quetsch::runtime::Model;
 use quetsch::tokenizer::Tokenizer;
-use quetsch::vocab;
-use quetsch_train::scores::{Sample, ffn_scores, head_scores};
-use quetsch_train::{ClassWeights, Hard, Objective, TrainSet};
+use quetsch_train::student::{Shape, random_student};
+use quetsch_train::{ClassWeights, Hard, Objective, Sparsity};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Makes the stage's model.
@@ -29,7 +26,7 @@ pub fn make(job: &Job, key: &str, ui: &Ui) -> Result<Made> {
     match job.kind {
         Kind::Train(s) => train(job, s, key, ui),
         Kind::Distill(s) => distill(job, s, key, ui),
-        Kind::Prune(s) => prune(job, s, key, ui),
+        Kind::Prune(s) => thin::prune(job, s, key, ui),
         Kind::Quantize(s) => quantize::quantize(job, s, ui),
         Kind::Eval(_) | Kind::Compare(_) => bail!("{} makes no model", job.kind.name()),
     }
@@ -55,14 +52,21 @@ fn train(job: &Job, s: &Train, key: &str, ui: &Ui) -> Result<Made> {
     let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
     let weights = class_weights(&s.training, &corpus);
     let objective = Objective::CrossEntropy(hard(&s.training, &weights));
-    let run = Run { job, corpus: &corpus, encoded: &encoded, model: &model, settings: &s.training, key };
+    let run = Run {
+        job,
+        corpus: &corpus,
+        encoded: &encoded,
+        model: &model,
+        settings: &s.training,
+        sparsity: sparsity(&s.training),
+        key,
+    };
     let (trained, report) = run.fit(&start, objective, ui)?;
-    Ok(Made {
-        checkpoint: trained.checkpoint,
-        tokenizer: model.tokenizer,
-        report,
-        files: vec![("metrics.jsonl", trained.metrics)],
-    })
+    let mut files = vec![("metrics.jsonl", trained.metrics)];
+    if s.folds > 0 {
+        files.extend(folds::train(&run, &start, objective, s.folds, seed, ui)?);
+    }
+    Ok(Made { checkpoint: trained.checkpoint, tokenizer: model.tokenizer, report, files })
 }
 
 /// Training data in the model's own label order if they fit it, else in their own: a model fine-tuned for something
@@ -94,17 +98,31 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
             same_language(&teacher, &student, "teacher", "student")?;
             student.checkpoint.to_f32()
         }
+        None if s.random => random(&teacher.checkpoint, s, s.training.seed.unwrap_or(job.seed))?,
         None if s.layers.is_empty() => teacher.checkpoint.to_f32(),
         None => prune::keep_layers(&teacher.checkpoint.to_f32(), &s.layers)?,
     };
     let inside = Inside::new(&s.kd, &teacher.checkpoint, &start.spec)?;
-    let corpus = corpus::training(job.data, &teacher.checkpoint.labels, job.seed, ui)?;
+    let mut corpus = corpus::training(job.data, &teacher.checkpoint.labels, job.seed, ui)?;
+    let labelled = corpus.hash.clone();
+    if let Some(path) = &s.unlabelled {
+        corpus.add_unlabelled(path.as_ref(), job.data)?;
+        ui.note(format!("{}: {} texts without labels", job.id, corpus.unlabelled.len()));
+    }
     let encoded = fit::encode(&corpus, &teacher.tokenizer, s.training.max_length, job.threads)?;
-    let run = Run { job, corpus: &corpus, encoded: &encoded, model: &teacher, settings: &s.training, key };
-    let teacher_logits = run.teacher_logits(&teacher.checkpoint, "teacher", ui)?;
+    let sparsity = sparsity(&s.training);
+    let run =
+        Run { job, corpus: &corpus, encoded: &encoded, model: &teacher, settings: &s.training, sparsity, key };
+    let mut logits = run.teacher_logits(&teacher.checkpoint, "teacher", ui)?;
+    if s.out_of_fold {
+        let (n, labels) = (corpus.train.len(), teacher.checkpoint.labels.len());
+        let found = folds::read(job.input("teacher")?, &labelled, n, labels)?;
+        logits[..n * labels].copy_from_slice(&found);
+    }
+    run.add_teachers(s, &mut logits, ui)?;
     let weights = class_weights(&s.training, &corpus);
     let features = inside.as_ref().map(|i| i.features(&encoded.train));
-    let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &teacher_logits, features));
+    let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &logits, features));
     let (trained, report) = run.fit(&start, objective, ui)?;
     Ok(Made {
         checkpoint: trained.checkpoint,
@@ -114,7 +132,24 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
     })
 }
 
-fn class_weights(s: &Training, corpus: &Corpus) -> Vec<f32> {
+/// A student of its own shape with random weights.
+fn random(teacher: &Checkpoint, s: &Distill, seed: u64) -> Result<Checkpoint> {
+    let spec = &teacher.spec;
+    let shape = Shape {
+        layers: if s.layers.is_empty() { spec.layers.len() } else { s.layers.len() },
+        hidden: s.student_hidden.unwrap_or(spec.hidden),
+        heads: s.student_heads.unwrap_or(spec.original_heads.into()),
+        ffn: s.student_ffn.or_else(|| spec.layers.iter().map(|l| l.ffn).max()).unwrap_or(0),
+    };
+    Ok(random_student(teacher, shape, seed)?)
+}
+
+/// What the settings say about weights that are exactly 0.
+pub(super) fn sparsity(s: &Training) -> Sparsity {
+    if s.keep_zeros { Sparsity::Keep } else { Sparsity::Free }
+}
+
+pub(super) fn class_weights(s: &Training, corpus: &Corpus) -> Vec<f32> {
     let how = match s.class_weights {
         settings::ClassWeights::None => ClassWeights::None,
         settings::ClassWeights::Balanced => ClassWeights::Balanced,
@@ -123,18 +158,22 @@ fn class_weights(s: &Training, corpus: &Corpus) -> Vec<f32> {
     how.of(&corpus.train.labels, corpus.train.names.len())
 }
 
-fn hard<'a>(s: &Training, class_weights: &'a [f32]) -> Hard<'a> {
+pub(super) fn hard<'a>(s: &Training, class_weights: &'a [f32]) -> Hard<'a> {
     Hard { label_smoothing: s.label_smoothing as f32, class_weights }
 }
 
 /// Teacher and student must read the same ids and mean the same labels.
-fn same_language(a: &ModelDir, b: &ModelDir, a_name: &str, b_name: &str) -> Result<()> {
+pub(super) fn same_language(a: &ModelDir, b: &ModelDir, a_name: &str, b_name: &str) -> Result<()> {
     if Tokenizer::new(&a.tokenizer)?.fingerprint() != Tokenizer::new(&b.tokenizer)?.fingerprint() {
         bail!(
             "the tokenizers of {a_name} and {b_name} differ: the same text gives them different ids. Distil between \
              models with one tokenizer"
         );
     }
+    same_labels(a, b, a_name, b_name)
+}
+
+fn same_labels(a: &ModelDir, b: &ModelDir, a_name: &str, b_name: &str) -> Result<()> {
     let (a, b) = (&a.checkpoint.labels, &b.checkpoint.labels);
     if a != b {
         let at = a.iter().zip(b).position(|(x, y)| x != y).unwrap_or(a.len().min(b.len()));
@@ -150,136 +189,19 @@ fn same_language(a: &ModelDir, b: &ModelDir, a_name: &str, b_name: &str) -> Resu
     Ok(())
 }
 
-fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
-    let model = read_model(job.input("model")?, ui)?;
-    let parent = model.checkpoint.to_f32();
-    let learns = s.training.epochs > 0 || (s.score == Score::Gradient && needs_scores(s));
-    if !learns && s.vocab == Vocab::All {
-        let plan = plan(s, &parent, scores_by_weight(s, &parent))?;
-        ui.note(&plan);
-        return Ok(Made {
-            checkpoint: prune::apply(&parent, &plan)?,
-            tokenizer: model.tokenizer,
-            report: Map::from_iter([("plan".to_string(), json!(plan.to_string()))]),
-            files: vec![("plan.json", super::pretty(&plan)?)],
-        });
-    }
-    let corpus = corpus::training(job.data, &parent.labels, job.seed, ui)?;
-    let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
-    let run = Run { job, corpus: &corpus, encoded: &encoded, model: &model, settings: &s.training, key };
-    let teacher = match job.inputs.get("teacher") {
-        Some(path) => {
-            let teacher = read_model(path, ui)?;
-            same_language(&teacher, &model, "teacher", "model")?;
-            Some(teacher.checkpoint)
-        }
-        None => None,
-    };
-    let (teacher, role) = teacher.as_ref().map_or((&model.checkpoint, "model"), |t| (t, "teacher"));
-    let logits = if learns { run.teacher_logits(teacher, role, ui)? } else { vec![] };
-    let weights = class_weights(&s.training, &corpus);
-    let objective = |features| Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &logits, features));
-    let scores = match s.score {
-        Score::Gradient if needs_scores(s) => run.gradient_scores(s, &parent, &objective(None), ui)?,
-        _ => scores_by_weight(s, &parent),
-    };
-    let plan = plan(s, &parent, scores)?;
-    ui.note(&plan);
-    let cut = prune::apply(&parent, &plan)?;
-    let (small, small_encoded);
-    let (cut, run) = match s.vocab {
-        Vocab::All => (cut, run),
-        Vocab::Train => {
-            let whole = ModelDir { checkpoint: cut, tokenizer: model.tokenizer.clone() };
-            small = vocab::prune(&whole, &corpus.train.texts, job.threads)?.model;
-            ui.note(format!(
-                "{}: {} of {} words of the vocabulary kept",
-                job.id, small.checkpoint.spec.vocab, parent.spec.vocab
-            ));
-            small_encoded = fit::encode(&corpus, &small.tokenizer, s.training.max_length, job.threads)?;
-            (small.checkpoint.clone(), Run { encoded: &small_encoded, model: &small, ..run })
-        }
-    };
-    let after_cut = run.train_accuracy(&cut)?;
-    ui.note(format!(
-        "{}: after the cut, before any recovery: {} of a training sample right",
-        job.id,
-        percent(after_cut)
-    ));
-    let (checkpoint, mut report, mut files) = match s.training.epochs {
-        0 => (cut, Map::new(), vec![]),
-        _ => {
-            let inside = Inside::new(&s.kd, teacher, &cut.spec)?;
-            let features = inside.as_ref().map(|i| i.features(&encoded.train));
-            let (trained, report) = run.fit(&cut, objective(features), ui)?;
-            (trained.checkpoint, report, vec![("metrics.jsonl", trained.metrics)])
-        }
-    };
-    report.insert("plan".into(), json!(plan.to_string()));
-    report.insert("train_accuracy_after_cut".into(), json!(round(after_cut, 4)));
-    report.insert("vocabulary".into(), json!(checkpoint.spec.vocab));
-    files.push(("plan.json", super::pretty(&plan)?));
-    let tokenizer = run.model.tokenizer.clone();
-    Ok(Made { checkpoint, tokenizer, report, files })
-}
-
-fn needs_scores(s: &Prune) -> bool {
-    let ranked = |a: &Amount| !a.is_none() && !matches!(a, Amount::List(_));
-    ranked(&s.heads) || ranked(&s.ffn)
-}
-
-fn scores_by_weight(s: &Prune, parent: &Checkpoint) -> Scores {
-    let norm = if s.score == Score::L1 { Magnitude::L1 } else { Magnitude::L2 };
-    prune::magnitude(parent, norm)
-}
-
-fn plan(s: &Prune, parent: &Checkpoint, scores: Scores) -> Result<Plan> {
-    let by_layer = |list: &[Place]| -> Result<BTreeMap<usize, Vec<usize>>> {
-        let mut map: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for place in list {
-            let Some(head) = place.head else {
-                bail!("`heads` lists {place}, expected layer:head, such as {place}:0");
-            };
-            map.entry(place.layer).or_default().push(head.into());
-        }
-        Ok(map)
-    };
-    let layers = match &s.layers {
-        Amount::List(list) if list.iter().any(|p| p.head.is_some()) => {
-            bail!("`layers` lists heads, expected layers")
-        }
-        Amount::List(list) => prune::Amount::List(list.iter().map(|p| p.layer).collect()),
-        other => simple(other),
-    };
-    let heads = match &s.heads {
-        Amount::List(list) => prune::Amount::List(by_layer(list)?),
-        other => simple(other),
-    };
-    let heads = Cut { amount: heads, scope: Scope::Global, max_per_layer: s.max_per_layer, ..Cut::default() };
-    let ffn = Cut { amount: simple(&s.ffn), scope: Scope::PerLayer, ..Cut::default() };
-    Ok(prune::plan(&parent.spec, &scores, &Budget { layers, heads, ffn })?)
-}
-
-fn simple<L>(amount: &Amount) -> prune::Amount<L> {
-    match amount {
-        Amount::Share(s) if *s > 0.0 => prune::Amount::Fraction(*s),
-        Amount::Count(n) if *n > 0 => prune::Amount::Count(*n),
-        _ => prune::Amount::Nothing,
-    }
-}
-
 /// A stage that trains, with its data.
-struct Run<'a> {
-    job: &'a Job<'a>,
-    corpus: &'a Corpus,
-    encoded: &'a Encoded,
-    model: &'a ModelDir,
-    settings: &'a Training,
-    key: &'a str,
+pub(super) struct Run<'a> {
+    pub job: &'a Job<'a>,
+    pub corpus: &'a Corpus,
+    pub encoded: &'a Encoded,
+    pub model: &'a ModelDir,
+    pub settings: &'a Training,
+    pub sparsity: Sparsity,
+    pub key: &'a str,
 }
 
 impl Run<'_> {
-    fn fit(&self, start: &Checkpoint, objective: Objective, ui: &Ui) -> Result<(Trained, Map<String, Value>)> {
+    pub fn fit(&self, start: &Checkpoint, objective: Objective, ui: &Ui) -> Result<(Trained, Map<String, Value>)> {
         let test = corpus::test(self.job.data, &start.labels, ui)?;
         let facts = corpus::facts(self.corpus, test.as_ref());
         ui.note(format!(
@@ -305,6 +227,7 @@ impl Run<'_> {
             encoded: self.encoded,
             objective,
             settings: self.settings,
+            sparsity: self.sparsity,
             threads: self.job.threads,
             state: &self.job.state(),
             key: self.key,
@@ -326,13 +249,13 @@ impl Run<'_> {
     }
 
     /// The teacher's logits on the training sentences: computed once, then read from the cache.
-    fn teacher_logits(&self, teacher: &Checkpoint, role: &str, ui: &Ui) -> Result<Vec<f32>> {
+    pub fn teacher_logits(&self, teacher: &Checkpoint, role: &str, ui: &Ui) -> Result<Vec<f32>> {
         let model = corpus::hash_model(self.job.input(role)?)?;
         let length = self.settings.max_length.to_string();
         let name = corpus::hash_of(&[&model, &self.corpus.hash, &length]);
         let cache = self.job.cache.clone().unwrap_or_else(|| self.job.state().join("cache"));
         let path = cache.join(format!("logits-{}.f32", &name[..16]));
-        let expected = self.corpus.train.len() * teacher.spec.head.labels();
+        let expected = self.encoded.train.len() * teacher.spec.head.labels();
         if let Ok(bytes) = std::fs::read(&path)
             && bytes.len() == 4 * expected
         {
@@ -344,6 +267,23 @@ impl Run<'_> {
         let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
         write_file(&path, &bytes)?;
         Ok(logits)
+    }
+
+    /// Turns the first teacher's logits into the weighted mean over all teachers; each reads the texts its own way.
+    fn add_teachers(&self, s: &Distill, logits: &mut [f32], ui: &Ui) -> Result<()> {
+        let all = 1 + s.teachers.len();
+        let weights = if s.teacher_weights.is_empty() { vec![1.0; all] } else { s.teacher_weights.clone() };
+        let share = |i: usize| (weights[i] / weights.iter().sum::<f64>()) as f32;
+        logits.iter_mut().for_each(|x| *x *= share(0));
+        for (i, role) in (1..all).zip(MORE_TEACHERS) {
+            let other = read_model(self.job.input(role)?, ui)?;
+            same_labels(self.model, &other, "teacher", role)?;
+            let encoded = fit::encode(self.corpus, &other.tokenizer, self.settings.max_length, self.job.threads)?;
+            let run = Run { encoded: &encoded, model: &other, ..*self };
+            let more = run.teacher_logits(&other.checkpoint, role, ui)?;
+            logits.iter_mut().zip(more).for_each(|(x, y)| *x += share(i) * y);
+        }
+        Ok(())
     }
 
     /// Logits with a bar.
@@ -361,33 +301,9 @@ impl Run<'_> {
         Ok(logits)
     }
 
-    fn gradient_scores(&self, s: &Prune, parent: &Checkpoint, objective: &Objective, ui: &Ui) -> Result<Scores> {
-        let set = TrainSet { encodings: &self.encoded.train, labels: &self.corpus.train.labels };
-        let sample = Sample {
-            batch_size: s.training.batch_size,
-            batches: s.score_batches,
-            seed: s.training.seed.unwrap_or(self.job.seed),
-            threads: self.job.threads,
-        };
-        let ranked = |a: &Amount| !a.is_none() && !matches!(a, Amount::List(_));
-        ui.note(format!("{}: scoring by gradients over {} batches", self.job.id, s.score_batches));
-        let mut scores = Scores::default();
-        if ranked(&s.heads) {
-            scores.heads = head_scores(parent, &set, objective, sample)?;
-        }
-        if ranked(&s.ffn) {
-            scores.ffn = ffn_scores(parent, &set, objective, sample)?;
-        }
-        // A layer has no mask of its own: layers are ranked by their weights.
-        if !s.layers.is_none() {
-            scores.layers = scores_by_weight(s, parent).layers;
-        }
-        Ok(scores)
-    }
-
     /// Accuracy on the first training sentences: what a cut destroyed, without looking at the test data.
-    fn train_accuracy(&self, ck: &Checkpoint) -> Result<f64> {
-        let n = self.encoded.train.len().min(1000);
+    pub fn train_accuracy(&self, ck: &Checkpoint) -> Result<f64> {
+        let n = self.corpus.train.len().min(1000);
         fit::accuracy(ck, &self.encoded.train[..n], &self.corpus.train.labels[..n], self.job.threads)
     }
 }

@@ -4,6 +4,7 @@
 pub mod compare;
 pub mod corpus;
 pub mod fit;
+mod folds;
 pub mod gate;
 pub mod machine;
 pub mod make;
@@ -15,6 +16,7 @@ pub mod quantize;
 pub mod report;
 pub mod search;
 mod teacher;
+mod thin;
 
 use crate::exit::usage;
 use crate::recipe::Kind;
@@ -99,6 +101,20 @@ impl Job<'_> {
             inputs.insert("train".into(), corpus::hash_file(file.as_ref())?);
             let reading = (&self.data.text_col, &self.data.label_col, self.data.validation, self.seed);
             inputs.insert("reading".into(), corpus::hash_of(&[&format!("{reading:?}")]));
+        }
+        if let Kind::Distill(s) = self.kind {
+            if let Some(file) = &s.unlabelled {
+                inputs.insert("unlabelled".into(), corpus::hash_file(file.as_ref())?);
+            }
+            if s.out_of_fold {
+                inputs
+                    .insert("out-of-fold".into(), corpus::hash_file(&self.input("teacher")?.join(folds::LOGITS))?);
+            }
+        }
+        if let Kind::Prune(s) = self.kind
+            && let Some(plan) = &s.plan
+        {
+            inputs.insert("plan".into(), corpus::hash_file(plan.as_ref())?);
         }
         let section = serde_json::to_value(self.kind)?;
         Provenance::new(self.kind.name(), &section[self.kind.name()], inputs)

@@ -63,6 +63,8 @@ pub fn soft<'a>(s: &Kd, logits: &'a [f32], features: Option<Features<'a>>) -> So
     Soft {
         alpha: s.alpha as f32,
         temperature: s.temperature as f32,
+        alpha_end: s.alpha_end.map(|x| x as f32),
+        temperature_end: s.temperature_end.map(|x| x as f32),
         logits,
         logits_weight: s.logits as f32,
         logits_loss: measure(s.logits_loss),

@@ -90,6 +90,7 @@ impl Linear {
     pub fn bytes(&self) -> usize {
         let one = |part: &Part| match &part.weight {
             Weight::Dense(w) => 4 * w.len(),
+            Weight::Panels(w) => 4 * w.len(),
             Weight::Int8(matrix) | Weight::Static { matrix, .. } | Weight::Mixed { matrix, .. } => matrix.bytes(),
             Weight::FourBit(q) => q.bytes(),
         };

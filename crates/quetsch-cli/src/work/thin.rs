@@ -1,0 +1,291 @@
+//! The pruning stage: score, plan, cut, fit, recover.
+
+use super::corpus;
+use super::fit;
+use super::make::{Run, class_weights, hard, read_model, same_language, sparsity};
+use super::teacher::{Inside, soft};
+use super::{Job, Made, round};
+use crate::settings::{self, Prune, Score, SparsitySchedule, Tune, Vocab};
+use crate::ui::{Ui, percent};
+use crate::values::{Amount, Place};
+use anyhow::{Context, Result, bail};
+use quetsch::batch::Encoding;
+use quetsch::checkpoint::Checkpoint;
+use quetsch::dir::ModelDir;
+use quetsch::prune::{self, Budget, Costs, Cut, Keep, Magnitude, Plan, Scope, Scores};
+use quetsch::spec::At;
+use quetsch::vocab;
+use quetsch_train::scores::Sample;
+use quetsch_train::{Criterion, MaskGradients, Objective, Sparsity, TrainSet, mask_gradients};
+use serde_json::{Map, json};
+use std::collections::BTreeMap;
+
+/// Runs the stage.
+pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
+    let model = read_model(job.input("model")?, ui)?;
+    let parent = model.checkpoint.to_f32();
+    let recovers = s.training.epochs > 0;
+    let learns = recovers || needs_scores(s) && sees_data(s.score);
+    if !learns && s.tune == Tune::None && s.vocab == Vocab::All {
+        let plan = match read_plan(s)? {
+            Some(plan) => plan,
+            None => plan(s, &parent, by_weight(s.score, &parent))?,
+        };
+        ui.note(&plan);
+        return Ok(Made {
+            checkpoint: thinned(s, prune::apply(&parent, &plan)?)?,
+            tokenizer: model.tokenizer,
+            report: Map::from_iter([("plan".to_string(), json!(plan.to_string()))]),
+            files: vec![("plan.json", super::pretty(&plan)?)],
+        });
+    }
+    let corpus = corpus::training(job.data, &parent.labels, job.seed, ui)?;
+    let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
+    let run = Run {
+        job,
+        corpus: &corpus,
+        encoded: &encoded,
+        model: &model,
+        settings: &s.training,
+        sparsity: zeros(s),
+        key,
+    };
+    let teacher = match job.inputs.get("teacher") {
+        Some(path) => {
+            let teacher = read_model(path, ui)?;
+            same_language(&teacher, &model, "teacher", "model")?;
+            Some(teacher.checkpoint)
+        }
+        None => None,
+    };
+    let (teacher, role) = teacher.as_ref().map_or((&model.checkpoint, "model"), |t| (t, "teacher"));
+    let logits = if recovers { run.teacher_logits(teacher, role, ui)? } else { vec![] };
+    let weights = class_weights(&s.training, &corpus);
+    let hard = hard(&s.training, &weights);
+    let objective = |features| match recovers {
+        true => Objective::Distill(hard, soft(&s.kd, &logits, features)),
+        false => Objective::CrossEntropy(hard),
+    };
+    let plan = match read_plan(s)? {
+        Some(plan) => plan,
+        None => Thinning { s, run: &run, parent: &parent }.plan(&objective(None), ui)?,
+    };
+    ui.note(&plan);
+    let mut cut = prune::apply(&parent, &plan)?;
+    if s.tune != Tune::None {
+        let (how, what) = match s.tune {
+            Tune::Weights => (prune::Tune::Weights, "output matrices"),
+            _ => (prune::Tune::Mask, "a factor for every head and channel"),
+        };
+        ui.note(format!("{}: fitting {what} by least squares", job.id));
+        cut = prune::tune(&parent, &cut, &plan, &sample_of(s, &encoded.train), how, job.threads)?;
+    }
+    let cut = thinned(s, cut)?;
+    let (small, small_encoded);
+    let (cut, run) = match s.vocab {
+        Vocab::All => (cut, run),
+        Vocab::Train => {
+            let whole = ModelDir { checkpoint: cut, tokenizer: model.tokenizer.clone() };
+            small = vocab::prune(&whole, &corpus.train.texts, job.threads)?.model;
+            ui.note(format!(
+                "{}: {} of {} words of the vocabulary kept",
+                job.id, small.checkpoint.spec.vocab, parent.spec.vocab
+            ));
+            small_encoded = fit::encode(&corpus, &small.tokenizer, s.training.max_length, job.threads)?;
+            (small.checkpoint.clone(), Run { encoded: &small_encoded, model: &small, ..run })
+        }
+    };
+    let after_cut = run.train_accuracy(&cut)?;
+    ui.note(format!(
+        "{}: after the cut, before any recovery: {} of a training sample right",
+        job.id,
+        percent(after_cut)
+    ));
+    let (checkpoint, mut report, mut files) = match recovers {
+        false => (cut, Map::new(), vec![]),
+        true => {
+            let inside = Inside::new(&s.kd, teacher, &cut.spec)?;
+            let features = inside.as_ref().map(|i| i.features(&encoded.train));
+            let (trained, report) = run.fit(&cut, objective(features), ui)?;
+            (trained.checkpoint, report, vec![("metrics.jsonl", trained.metrics)])
+        }
+    };
+    report.insert("plan".into(), json!(plan.to_string()));
+    report.insert("train_accuracy_after_cut".into(), json!(round(after_cut, 4)));
+    if !run.encoded.validation.is_empty() {
+        let labels = &run.corpus.validation.labels;
+        let accuracy = fit::accuracy(&checkpoint, &run.encoded.validation, labels, job.threads)?;
+        report.insert("validation_accuracy".into(), json!(round(accuracy, 4)));
+        ui.note(format!("{}: validation accuracy {}", job.id, percent(accuracy)));
+    }
+    report.insert("vocabulary".into(), json!(checkpoint.spec.vocab));
+    files.push(("plan.json", super::pretty(&plan)?));
+    let tokenizer = run.model.tokenizer.clone();
+    Ok(Made { checkpoint, tokenizer, report, files })
+}
+
+/// Single weights set to zero at once, if that is asked for.
+fn thinned(s: &Prune, ck: Checkpoint) -> Result<Checkpoint> {
+    match s.sparsity_schedule {
+        SparsitySchedule::OneShot if s.sparsity > 0.0 => {
+            Ok(prune::sparse(&ck, s.sparsity, scope(s.sparsity_scope))?)
+        }
+        _ => Ok(ck),
+    }
+}
+
+/// What the recovery does with zeros.
+fn zeros(s: &Prune) -> Sparsity {
+    let (share, scope) = (s.sparsity, scope(s.sparsity_scope));
+    match s.sparsity_schedule {
+        _ if share == 0.0 => sparsity(&s.training),
+        SparsitySchedule::OneShot => Sparsity::Keep,
+        SparsitySchedule::Cubic => Sparsity::Cubic { share, scope, until: s.sparsity_until },
+    }
+}
+
+fn read_plan(s: &Prune) -> Result<Option<Plan>> {
+    let Some(path) = &s.plan else { return Ok(None) };
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read the plan {path}"))?;
+    let plan = serde_json::from_slice(&bytes).with_context(|| format!("{path} is no pruning plan"))?;
+    Ok(Some(plan))
+}
+
+fn is_budget(s: &Prune) -> bool {
+    s.keep_macs.is_some() || s.keep_parameters.is_some()
+}
+
+fn needs_scores(s: &Prune) -> bool {
+    let ranked = |a: &Amount| !a.is_none() && !matches!(a, Amount::List(_));
+    is_budget(s) || ranked(&s.heads) || ranked(&s.ffn) || ranked(&s.layers)
+}
+
+fn sees_data(score: Score) -> bool {
+    !matches!(score, Score::L1 | Score::L2)
+}
+
+fn by_weight(score: Score, parent: &Checkpoint) -> Scores {
+    let norm = if score == Score::L1 { Magnitude::L1 } else { Magnitude::L2 };
+    prune::magnitude(parent, norm)
+}
+
+/// As many sentences as the scores look at, spread evenly over the training data.
+fn sample_of(s: &Prune, sentences: &[Encoding]) -> Vec<Encoding> {
+    let n = (s.score_batches * s.training.batch_size).clamp(1, sentences.len().max(1));
+    (0..n).filter_map(|i| sentences.get(i * sentences.len() / n).cloned()).collect()
+}
+
+/// What decides a plan.
+struct Thinning<'a> {
+    s: &'a Prune,
+    run: &'a Run<'a>,
+    parent: &'a Checkpoint,
+}
+
+impl Thinning<'_> {
+    fn plan(&self, objective: &Objective, ui: &Ui) -> Result<Plan> {
+        let (s, parent) = (self.s, self.parent);
+        let id = self.run.job.id;
+        let criterion = match s.score {
+            Score::Gradient => Criterion::Gradient,
+            Score::Taylor => Criterion::Taylor,
+            Score::Fisher => Criterion::Fisher,
+            Score::Activation if needs_scores(s) => {
+                ui.note(format!("{id}: scoring by activations over {} batches", s.score_batches));
+                let sample = sample_of(s, &self.run.encoded.train);
+                return plan(s, parent, prune::activation(parent, &sample, self.run.job.threads)?);
+            }
+            _ => return plan(s, parent, by_weight(s.score, parent)),
+        };
+        if !needs_scores(s) {
+            return plan(s, parent, Scores::default());
+        }
+        ui.note(format!("{id}: scoring by gradients over {} batches", s.score_batches));
+        let set = TrainSet { encodings: &self.run.encoded.train, labels: &self.run.corpus.train.labels };
+        let sample = Sample {
+            batch_size: s.training.batch_size,
+            batches: s.score_batches,
+            seed: s.training.seed.unwrap_or(self.run.job.seed),
+            threads: self.run.job.threads,
+        };
+        let gradients = mask_gradients(parent, &set, objective, sample, s.rearrange)?;
+        let scores = gradients.scores(criterion);
+        let made = match is_budget(s) {
+            true => prune::plan(&parent.spec, &scores, &prune::search(&parent.spec, &scores, &self.keep()?)?)?,
+            false => plan(s, parent, scores)?,
+        };
+        Ok(if s.rearrange { rearranged(made, &gradients) } else { made })
+    }
+
+    /// The budget over heads and channels together, on the lengths of the training sentences.
+    fn keep(&self) -> Result<Keep> {
+        let (s, spec) = (self.s, &self.parent.spec);
+        let (costs, share) = match (s.keep_macs, s.keep_parameters) {
+            (Some(share), _) => {
+                let lengths: Vec<usize> = self.run.encoded.train.iter().map(|e| e.ids.len()).collect();
+                (Costs::macs(spec, &lengths)?, share)
+            }
+            (None, share) => (Costs::parameters(spec), share.unwrap_or(1.0)),
+        };
+        Ok(Keep { costs, share, max_heads_per_layer: s.max_per_layer.unwrap_or(1.0), align: s.align })
+    }
+}
+
+/// The same numbers of heads and channels a layer, chosen by what they do together.
+fn rearranged(mut plan: Plan, gradients: &MaskGradients) -> Plan {
+    for l in plan.kept_layers() {
+        let all = &plan.parent.layers[l].heads;
+        let gone: Vec<usize> = (0..all.len()).filter(|i| plan.heads[l].contains(&all[*i])).collect();
+        if !gone.is_empty() {
+            let chosen = prune::rearrange(gradients.fisher(At::Context(l)), &gone);
+            plan.heads[l] = chosen.into_iter().map(|i| all[i]).collect();
+        }
+        if !plan.ffn[l].is_empty() {
+            plan.ffn[l] = prune::rearrange(gradients.fisher(At::FfnHidden(l)), &plan.ffn[l]);
+        }
+    }
+    plan
+}
+
+fn plan(s: &Prune, parent: &Checkpoint, scores: Scores) -> Result<Plan> {
+    let by_layer = |list: &[Place]| -> Result<BTreeMap<usize, Vec<usize>>> {
+        let mut map: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for place in list {
+            let Some(head) = place.head else {
+                bail!("`heads` lists {place}, expected layer:head, such as {place}:0");
+            };
+            map.entry(place.layer).or_default().push(head.into());
+        }
+        Ok(map)
+    };
+    let layers = match &s.layers {
+        Amount::List(list) if list.iter().any(|p| p.head.is_some()) => {
+            bail!("`layers` lists heads, expected layers")
+        }
+        Amount::List(list) => prune::Amount::List(list.iter().map(|p| p.layer).collect()),
+        other => simple(other),
+    };
+    let heads = match &s.heads {
+        Amount::List(list) => prune::Amount::List(by_layer(list)?),
+        other => simple(other),
+    };
+    let max_per_layer = s.max_per_layer.unwrap_or(0.5);
+    let heads = Cut { amount: heads, scope: scope(s.heads_scope), max_per_layer, ..Cut::default() };
+    let ffn = Cut { amount: simple(&s.ffn), scope: scope(s.ffn_scope), align: s.align, ..Cut::default() };
+    Ok(prune::plan(&parent.spec, &scores, &Budget { layers, heads, ffn })?)
+}
+
+fn scope(s: settings::Scope) -> Scope {
+    match s {
+        settings::Scope::Global => Scope::Global,
+        settings::Scope::PerLayer => Scope::PerLayer,
+    }
+}
+
+fn simple<L>(amount: &Amount) -> prune::Amount<L> {
+    match amount {
+        Amount::Share(s) if *s > 0.0 => prune::Amount::Fraction(*s),
+        Amount::Count(n) if *n > 0 => prune::Amount::Count(*n),
+        _ => prune::Amount::Nothing,
+    }
+}

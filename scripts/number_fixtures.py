@@ -58,7 +58,48 @@ def losses(fixtures, seed):
                 kd_rows.append(row | {"loss": loss.item(), "gradient": g.tolist()})
     note = "loss = alpha * ce + (1 - alpha) * temperature^2 * kl; kl is batchmean, without temperature^2"
     rows = {"cross_entropy": ce_rows, "distillation": kd_rows, "weighted": all_rows}
+    rows |= {"measures": measures(rng), "relations": relations(rng)}
     dump(fixtures / "losses.json", {"note": note, "inputs": inputs, **rows})
+
+
+def measures(rng):
+    """Distances of rows, a mean over the rows, with their gradients by the student's."""
+    student, teacher = (torch.tensor(np.round(rng.normal(size=(3, 5)), 3), dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    losses = {
+        "mse": F.mse_loss(student, teacher),
+        "l1": F.l1_loss(student, teacher),
+        "cosine": F.cosine_embedding_loss(student, teacher, torch.ones(3)),
+    }
+    gradients = {k: torch.autograd.grad(v, student)[0].tolist() for k, v in losses.items()}
+    rows = {"student": student.tolist(), "teacher": teacher.tolist()}
+    return rows | {k: {"loss": v.item(), "gradient": gradients[k]} for k, v in losses.items()}
+
+
+def relations(rng):
+    """MiniLM (equation 4) and MiniLMv2 (equations 4 to 7): KL of softmax(A B^T / sqrt(d)), teacher to student, a mean
+    over heads and tokens; sentences of 4, 1 and 3 tokens, q, k and v side by side."""
+    starts, rows = [0, 4, 5, 8], []
+    student, teacher = (np.round(rng.normal(size=(8, 3 * inner)), 3) for inner in [6, 12])
+    for a, b, heads, dims in [
+        (0, 1, [[0, 1], [2, 2]], [2, 4]),  # attention maps of 3 heads of 2 and of 3 heads of 4, of which two match
+        (0, 0, [[0, 0], [1, 1]], [3, 6]),
+        (1, 1, [[0, 0], [1, 1], [2, 2]], [2, 4]),
+        (2, 2, [[0, 0]], [6, 12]),
+    ]:
+        x = torch.tensor(student, dtype=torch.float64, requires_grad=True)
+        loss = 0.0
+        for hs, ht in heads:
+            for first, last in zip(starts, starts[1:]):
+                scores = []
+                for side, head, d in [(x, hs, dims[0]), (torch.tensor(teacher, dtype=torch.float64), ht, dims[1])]:
+                    one, two = (side[first:last].chunk(3, 1)[i][:, head * d : (head + 1) * d] for i in [a, b])
+                    scores.append(F.log_softmax(one @ two.T / d**0.5, -1))
+                loss = loss + F.kl_div(scores[0], scores[1], log_target=True, reduction="sum")
+        loss = loss / (len(heads) * starts[-1])
+        (g,) = torch.autograd.grad(loss, x)
+        rows.append({"of": [a, b], "heads": heads, "dims": dims, "loss": loss.item(), "gradient": g.tolist()})
+    return {"student": student.tolist(), "teacher": teacher.tolist(), "starts": starts, "cases": rows}
 
 
 def calibration_error(p, truth):

@@ -2,6 +2,7 @@
 
 use crate::commands::Command;
 use crate::exit::usage;
+use crate::logs;
 use crate::ui::Ui;
 use anyhow::Result;
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
@@ -74,7 +75,7 @@ fn with_environment(command: clap::Command) -> clap::Command {
 }
 
 /// Reads the command line; clap itself ends the program on `--help` and on usage errors.
-pub fn parse() -> Result<(Cli, Ui)> {
+pub fn parse() -> Result<(Cli, Ui, logs::Guard)> {
     let matches = command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     let g = &cli.global;
@@ -90,11 +91,12 @@ pub fn parse() -> Result<(Cli, Ui)> {
     if g.threads == Some(0) {
         return Err(usage("--threads 0: must be at least 1"));
     }
-    let ui = Ui::new(g.format, g.quiet, g.verbose, g.no_progress, g.threads);
+    let ui = Ui::new(g.format, g.quiet, g.no_progress, g.threads);
+    let guard = logs::start(g.quiet, g.verbose, &cli.command.logs())?;
     if matches!(g.format, Format::Jsonl | Format::Csv) && !matches!(cli.command, Command::Predict(_)) {
         return Err(usage("--format jsonl and csv are for predict only; use human or json"));
     }
-    Ok((cli, ui))
+    Ok((cli, ui, guard))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod exit;
+mod logs;
 mod recipe;
 mod settings;
 mod ui;
@@ -12,7 +13,7 @@ mod work;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let (cli, ui) = match args::parse() {
+    let (cli, ui, _logs) = match args::parse() {
         Ok(parsed) => parsed,
         Err(e) => return ui::fail(&e),
     };

@@ -29,8 +29,7 @@ pub struct Ui {
 
 impl Ui {
     /// From the global flags.
-    pub fn new(format: Format, quiet: bool, verbose: u8, no_progress: bool, threads: Option<usize>) -> Ui {
-        trace(quiet, verbose);
+    pub fn new(format: Format, quiet: bool, no_progress: bool, threads: Option<usize>) -> Ui {
         let bars = !quiet && !no_progress && std::io::stderr().is_terminal();
         Ui { format, quiet, bars, threads }
     }
@@ -88,19 +87,6 @@ impl Ui {
         bar.set_prefix(what.clone());
         Bar { bar, what, total, lines: !self.bars && !self.quiet, last_line: Instant::now() }
     }
-}
-
-/// Events of this program on stderr: by `RUST_LOG`, else by `-v`. None of them holds a user's text.
-fn trace(quiet: bool, verbose: u8) {
-    use tracing_subscriber::EnvFilter;
-    let level = match (quiet, verbose) {
-        (true, _) => "error",
-        (_, 0) => "warn",
-        (_, 1) => "info",
-        _ => "debug",
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(format!("quetsch={level}")));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
 }
 
 /// Writes to stdout; a reader that has gone away (`| head`) ends the program quietly.

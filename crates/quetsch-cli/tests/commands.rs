@@ -113,9 +113,15 @@ fn a_recipe_runs_once_and_is_then_done() {
     let first = place.ok("run r.toml");
     assert!(first.stdout.contains("teacher: ") && first.stdout.contains("nothing to do"), "{}", first.stdout);
     assert!(first.stdout.contains("TF-IDF baseline"), "{}", first.stdout);
-    for file in
-        ["model.safetensors", "config.json", "tokenizer.json", "provenance.json", "report.json", "metrics.jsonl"]
-    {
+    for file in [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "provenance.json",
+        "report.json",
+        "metrics.jsonl",
+        "events.out.tfevents.quetsch",
+    ] {
         assert!(place.path("out/student").join(file).exists(), "{file}");
     }
     for file in ["out/prune/plan.json", "out/recipe.resolved.toml", "out/report.json", "out/compare/report.html"] {
@@ -193,6 +199,10 @@ fn small_commands() {
     assert_eq!(inspect["layers"][0]["pruned_heads"], serde_json::json!([1, 3]));
     let eval = json(&place.ok("eval --model model --data test.csv --format json").stdout);
     assert_eq!(eval["n"], 5);
+    for (gate, code) in [("accuracy>=0%", 0), ("accuracy>=101%", 3), ("disk<=0.001MB", 3), ("accuracy>=-1pt", 2)] {
+        let done = place.run(&format!("eval --model model --data test.csv --gate {gate}"));
+        assert_eq!(done.code, code, "{gate}: {}", done.stderr);
+    }
     let bench = json(&place.ok("bench --model model --samples 20 --format json").stdout);
     assert!(bench["latency_ms"]["p99"].as_f64() >= bench["latency_ms"]["p50"].as_f64());
     place.ok("export --model model --to hf --layout dense --out dense");
@@ -270,4 +280,28 @@ fn a_pruned_vocabulary_gives_the_same_answers_on_what_it_was_pruned_for() {
     assert_eq!(rows("both"), rows("small"));
     let none = place.run("prune --model model --vocab train --epochs 0 --out o");
     assert!(none.code == 2 && none.stderr.contains("--train"), "{}", none.stderr);
+}
+
+#[test]
+fn a_student_learns_from_inside_its_teacher() {
+    let place = Place::new();
+    place.ok(
+        "distill --teacher model --train train.csv --layers 0,2 --epochs 2 --logits 0.1 --logits-loss l1 --hidden 0.5 \
+         --hidden-map 0:0,1:1+2 --embeddings 0.2 --attention 0.4 --attention-map 0:0,1:2 --relations 0.6 \
+         --relation-heads 2 --relations-of key,value --out a",
+    );
+    let report = json(&String::from_utf8_lossy(&place.read("a/report.json")));
+    let metrics = place.read("a/metrics.jsonl");
+    let first = json(String::from_utf8_lossy(&metrics).lines().next().expect("a line"));
+    let part = |key: &str| first[key].as_f64().expect("a number");
+    let weights = [("logits", 0.1), ("hidden", 0.5), ("embeddings", 0.2), ("attention", 0.4), ("relations", 0.6)];
+    let inside: f64 = weights.iter().map(|(key, w)| w * part(key)).sum();
+    assert!((part("loss") - 0.3 * part("ce") - 0.7 * part("kl") - inside).abs() < 1e-6, "{first}");
+    assert!(weights.iter().all(|(key, _)| report["epochs"][0][*key].as_f64() > Some(0.0)), "{report}");
+    place.ok(
+        "prune --model model --train train.csv --heads 1 --vocab train --epochs 1 --hidden 1 --attention 1 --out b",
+    );
+    place.ok("distill --teacher b --train train.csv --epochs 1 --out c");
+    let report = json(&String::from_utf8_lossy(&place.read("c/report.json")));
+    assert!(report["epochs"][0]["hidden"].is_null(), "what is no part is not reported: {report}");
 }

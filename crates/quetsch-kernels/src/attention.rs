@@ -1,10 +1,11 @@
-//! Scaled dot-product attention (Vaswani et al. 2017) on ragged sentences, forward and backward.
+//! Scaled dot-product attention (Vaswani et al. 2017) on ragged sentences; [`crate::attention_train`] has
+//! what training needs.
 //!
 //! `qkv` is `[tokens, 3 * inner]` with q, k and v side by side, inner = heads * dim; heads may be 0. Probabilities are
 //! stored sentence after sentence, head after head, `[len, len]` each.
 
 use crate::gemm::{Size, View, Write, gemm};
-use crate::math::{dot, softmax};
+use crate::math::softmax;
 use crate::rows::{Dropout, dropout};
 
 /// The shape of one layer's attention.
@@ -17,11 +18,11 @@ pub struct Heads {
 }
 
 impl Heads {
-    fn inner(self) -> usize {
+    pub(crate) fn inner(self) -> usize {
         self.count * self.dim
     }
 
-    fn scale(self) -> f32 {
+    pub(crate) fn scale(self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
 
@@ -40,7 +41,7 @@ pub struct ProbsDropout<'a> {
 }
 
 impl ProbsDropout<'_> {
-    fn apply(&self, sentence: usize, head: usize, p: &mut [f32], len: usize) {
+    pub(crate) fn apply(&self, sentence: usize, head: usize, p: &mut [f32], len: usize) {
         for (query, row) in p.chunks_exact_mut(len).enumerate() {
             dropout(row, self.how, (self.key)(sentence, head, query));
         }
@@ -48,7 +49,10 @@ impl ProbsDropout<'_> {
 }
 
 /// (sentence index, its token range start, length, head, offset of its probabilities)
-fn blocks(heads: Heads, starts: &[usize]) -> impl Iterator<Item = (usize, usize, usize, usize, usize)> + '_ {
+pub(crate) fn blocks(
+    heads: Heads,
+    starts: &[usize],
+) -> impl Iterator<Item = (usize, usize, usize, usize, usize)> + '_ {
     let mut used = 0;
     starts.windows(2).enumerate().flat_map(move |(i, s)| {
         let len = s[1] - s[0];
@@ -81,83 +85,5 @@ pub fn attention(qkv: &[f32], heads: Heads, starts: &[usize], context: &mut [f32
         let p = &mut scratch[..len * len];
         probabilities(qkv, heads, start, len, head, p);
         times_values(qkv, heads, start, len, head, p, context);
-    }
-}
-
-/// As [`attention`], keeping the probabilities (before their dropout) in `probs`.
-pub fn attention_keep(
-    qkv: &[f32],
-    heads: Heads,
-    starts: &[usize],
-    drop: Option<&ProbsDropout>,
-    probs: &mut [f32],
-    context: &mut [f32],
-) {
-    let mut dropped = vec![];
-    for (i, start, len, head, at) in blocks(heads, starts) {
-        let p = &mut probs[at..at + len * len];
-        probabilities(qkv, heads, start, len, head, p);
-        match drop {
-            None => times_values(qkv, heads, start, len, head, p, context),
-            Some(d) => {
-                dropped.clear();
-                dropped.extend_from_slice(p);
-                d.apply(i, head, &mut dropped, len);
-                times_values(qkv, heads, start, len, head, &dropped, context);
-            }
-        }
-    }
-}
-
-/// The backward of [`attention_keep`]. With C = D(P) V and P = softmax(S): dV = D(P)^T dC,
-/// dP = D(dC V^T) (+ `dprobs`, the gradient that reaches P by another way), dS = P (dP - rowsum(dP P)),
-/// dQ = dS K / sqrt(dim), dK = dS^T Q / sqrt(dim). `dqkv` is overwritten.
-#[allow(clippy::too_many_arguments)] // its tensors
-pub fn attention_back(
-    qkv: &[f32],
-    heads: Heads,
-    starts: &[usize],
-    drop: Option<&ProbsDropout>,
-    probs: &[f32],
-    dprobs: Option<&[f32]>,
-    dcontext: &[f32],
-    dqkv: &mut [f32],
-) {
-    let (inner, dim, stride) = (heads.inner(), heads.dim, 3 * heads.inner());
-    let (mut ds, mut dropped) = (vec![], vec![]);
-    for (i, start, len, head, at) in blocks(heads, starts) {
-        let p = &probs[at..at + len * len];
-        let dc = View::rows(&dcontext[start * inner + head * dim..], inner);
-        let offset = |which: usize| start * stride + which * inner + head * dim;
-        ds.resize(len * len, 0.0);
-        let size = Size { m: len, n: len, k: dim };
-        gemm(size, 1.0, dc, part(qkv, heads, start, head, 2).t(), &mut ds, len, Write::Set);
-        let (narrow, mut used) = (Size { m: len, n: dim, k: len }, p);
-        if let Some(d) = drop {
-            d.apply(i, head, &mut ds, len);
-            dropped.clear();
-            dropped.extend_from_slice(p);
-            d.apply(i, head, &mut dropped, len);
-            used = &dropped;
-        }
-        gemm(narrow, 1.0, View::rows(used, len).t(), dc, &mut dqkv[offset(2)..], stride, Write::Set);
-        if let Some(extra) = dprobs {
-            crate::math::add(&mut ds, &extra[at..at + len * len]);
-        }
-        softmax_back(p, &mut ds, len);
-        let ds = View::rows(&ds, len);
-        let (q, k) = (part(qkv, heads, start, head, 0), part(qkv, heads, start, head, 1));
-        gemm(narrow, heads.scale(), ds, k, &mut dqkv[offset(0)..], stride, Write::Set);
-        gemm(narrow, heads.scale(), ds.t(), q, &mut dqkv[offset(1)..], stride, Write::Set);
-    }
-}
-
-kernel! {
-    /// d = p (d - rowsum(d p)) on every row of `width`.
-    fn softmax_back(p: &[f32], d: &mut [f32], width: usize) {
-        for (p, d) in p.chunks_exact(width).zip(d.chunks_exact_mut(width)) {
-            let total = dot(p, d);
-            d.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - total));
-        }
     }
 }

@@ -3,18 +3,24 @@
 //! Matrices are row-major slices. Sentences are ragged: `starts[i]..starts[i + 1]` are the rows of sentence `i`.
 //! Elementwise kernels are written once as plain Rust and compiled for several instruction sets by `isa::kernel!`;
 //! they use no fused multiply-add, so that every tier gives the same bits. f32 matrix products come from the `gemm`
-//! crate.
+//! crate, those of training from [`panels`].
 
 #[macro_use]
 pub mod isa;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
+pub mod attention_train;
 pub mod four_bit;
 pub mod gemm;
 pub mod int8;
 pub mod math;
 pub mod norm;
 pub mod optim;
+pub mod panels;
 pub mod rows;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 pub use math::Activation;
 pub use rows::Pool;

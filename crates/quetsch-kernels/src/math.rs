@@ -74,48 +74,82 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + ra.iter().zip(rb).map(|(a, b)| a * b).sum::<f32>()
 }
 
+/// x = f(x).
 #[inline(always)]
-fn each_row(y: &mut [f32], bias: &[f32], f: impl Fn(f32) -> f32) {
-    for row in y.chunks_exact_mut(bias.len()) {
-        row.iter_mut().zip(bias).for_each(|(y, b)| *y = f(*y + b));
+pub fn activate(x: &mut [f32], f: Activation) {
+    match f {
+        Activation::Identity => {}
+        Activation::Gelu => x.iter_mut().for_each(|v| *v = gelu(*v)),
+        Activation::Relu => x.iter_mut().for_each(|v| *v = v.max(0.0)),
+        Activation::Tanh => x.iter_mut().for_each(|v| *v = v.tanh()),
     }
 }
 
 kernel! {
-    /// y = f(y + bias) on every row of `bias.len()`.
-    pub fn bias_activation(y: &mut [f32], bias: &[f32], f: Activation) {
+    /// y = f(y + bias) on the first `bias.len()` columns of rows that start every `step` values.
+    pub fn bias_activation(y: &mut [f32], step: usize, bias: &[f32], f: Activation) {
+        if bias.is_empty() {
+            return;
+        }
+        for row in y.chunks_mut(step) {
+            let row = &mut row[..bias.len()];
+            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            activate(row, f);
+        }
+    }
+}
+
+kernel! {
+    /// x += bias on every row of `bias.len()`, then y = f(x): for training, where x is kept. `y` is not written for the
+    /// identity.
+    pub fn bias_activation_keep(x: &mut [f32], bias: &[f32], y: &mut [f32], f: Activation) {
+        #[inline(always)]
+        fn both(x: &mut [f32], bias: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32) {
+            for (x, y) in x.chunks_exact_mut(bias.len()).zip(y.chunks_exact_mut(bias.len())) {
+                for ((x, b), y) in x.iter_mut().zip(bias).zip(y) {
+                    *x += b;
+                    *y = f(*x);
+                }
+            }
+        }
         match f {
             _ if bias.is_empty() => {}
-            Activation::Identity => each_row(y, bias, |v| v),
-            Activation::Gelu => each_row(y, bias, gelu),
-            Activation::Relu => each_row(y, bias, |v| v.max(0.0)),
-            Activation::Tanh => each_row(y, bias, f32::tanh),
+            Activation::Identity => {
+                for row in x.chunks_exact_mut(bias.len()) {
+                    row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+                }
+            }
+            Activation::Gelu => both(x, bias, y, gelu),
+            Activation::Relu => both(x, bias, y, |v| v.max(0.0)),
+            Activation::Tanh => both(x, bias, y, f32::tanh),
         }
     }
 }
 
 kernel! {
-    /// y = f(x): the activation alone, for training, where x is kept.
-    pub fn activation(x: &[f32], y: &mut [f32], f: Activation) {
-        let both = y.iter_mut().zip(x);
-        match f {
-            Activation::Identity => both.for_each(|(y, x)| *y = *x),
-            Activation::Gelu => both.for_each(|(y, x)| *y = gelu(*x)),
-            Activation::Relu => both.for_each(|(y, x)| *y = x.max(0.0)),
-            Activation::Tanh => both.for_each(|(y, x)| *y = x.tanh()),
+    /// dy *= f'(x), where x is the input of the activation (not read for the identity); the sums of its columns are added
+    /// to `sums`.
+    pub fn activation_back(x: &[f32], dy: &mut [f32], sums: &mut [f32], f: Activation) {
+        #[inline(always)]
+        fn both(x: &[f32], dy: &mut [f32], sums: &mut [f32], slope: impl Fn(f32) -> f32) {
+            let n = sums.len();
+            for (x, dy) in x.chunks_exact(n).zip(dy.chunks_exact_mut(n)) {
+                for ((d, x), s) in dy.iter_mut().zip(x).zip(sums.iter_mut()) {
+                    *d *= slope(*x);
+                    *s += *d;
+                }
+            }
         }
-    }
-}
-
-kernel! {
-    /// dy *= f'(x), where x is the input of the activation.
-    pub fn activation_back(x: &[f32], dy: &mut [f32], f: Activation) {
-        let both = dy.iter_mut().zip(x);
         match f {
-            Activation::Identity => {}
-            Activation::Gelu => both.for_each(|(d, x)| *d *= gelu_slope(*x)),
-            Activation::Relu => both.for_each(|(d, x)| *d = if *x > 0.0 { *d } else { 0.0 }),
-            Activation::Tanh => both.for_each(|(d, x)| *d *= 1.0 - x.tanh() * x.tanh()),
+            _ if sums.is_empty() => {}
+            Activation::Identity => {
+                for row in dy.chunks_exact(sums.len()) {
+                    sums.iter_mut().zip(row).for_each(|(s, d)| *s += d);
+                }
+            }
+            Activation::Gelu => both(x, dy, sums, gelu_slope),
+            Activation::Relu => both(x, dy, sums, |v| if v > 0.0 { 1.0 } else { 0.0 }),
+            Activation::Tanh => both(x, dy, sums, |v| 1.0 - v.tanh() * v.tanh()),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! LayerNorm (Ba, Kiros & Hinton 2016) with its residual, forward and backward.
 
+use crate::int8;
 use crate::math::{dot, sum};
 
 #[inline(always)]
@@ -14,20 +15,22 @@ fn norm_row(x: &mut [f32], gamma: &[f32], beta: &[f32], eps: f32) -> (f32, f32) 
 }
 
 kernel! {
-    /// x = LayerNorm(x) on every row of `gamma.len()`.
-    pub fn layer_norm(x: &mut [f32], gamma: &[f32], beta: &[f32], eps: f32) {
-        for row in x.chunks_exact_mut(gamma.len()) {
+    /// x = LayerNorm(x + residual) on every row of `gamma.len()`, without a residual where it is empty; quantises the
+    /// result too where `int8` is given (rows as in [`int8::Rows`]).
+    pub fn add_layer_norm(
+        x: &mut [f32], residual: &[f32], gamma: &[f32], beta: &[f32], eps: f32,
+        int8: Option<(&mut [i8], &mut [f32])>,
+    ) {
+        let n = gamma.len();
+        let mut int8 = int8;
+        for (r, row) in x.chunks_exact_mut(n).enumerate() {
+            if !residual.is_empty() {
+                row.iter_mut().zip(&residual[r * n..(r + 1) * n]).for_each(|(x, r)| *x += r);
+            }
             norm_row(row, gamma, beta, eps);
-        }
-    }
-}
-
-kernel! {
-    /// x = LayerNorm(x + residual) on every row of `gamma.len()`.
-    pub fn add_layer_norm(x: &mut [f32], residual: &[f32], gamma: &[f32], beta: &[f32], eps: f32) {
-        for (row, r) in x.chunks_exact_mut(gamma.len()).zip(residual.chunks_exact(gamma.len())) {
-            row.iter_mut().zip(r).for_each(|(x, r)| *x += r);
-            norm_row(row, gamma, beta, eps);
+            if let Some((q, scale)) = &mut int8 {
+                scale[r] = int8::quantise_row(row, &mut q[r * int8::stride(n)..(r + 1) * int8::stride(n)]);
+            }
         }
     }
 }
@@ -84,12 +87,16 @@ mod tests {
     #[test]
     fn rows_have_mean_beta_and_deviation_gamma() {
         let mut x: Vec<f32> = (0..3 * 50).map(|i| ((i * 31) % 17) as f32).collect();
-        layer_norm(&mut x, &[2.0; 50], &[1.0; 50], 1e-12);
+        let (mut q, mut scale) = ([9; 3 * 64], [0.0; 3]);
+        add_layer_norm(&mut x, &[], &[2.0; 50], &[1.0; 50], 1e-12, Some((&mut q, &mut scale)));
         for row in x.chunks(50) {
             let mean = row.iter().sum::<f32>() / 50.0;
             let var = row.iter().map(|v| (v - mean) * (v - mean)).sum::<f32>() / 50.0;
             assert!((mean - 1.0).abs() < 1e-5 && (var - 4.0).abs() < 1e-4, "{mean} {var}");
         }
+        let (mut own, mut own_scale) = ([8; 3 * 64], [0.0; 3]);
+        int8::quantise(&x, 50, &mut own, &mut own_scale);
+        assert_eq!((q, scale), (own, own_scale), "the same integers as quantising later");
     }
 
     #[test]
@@ -98,7 +105,7 @@ mod tests {
         let r: Vec<f32> = (0..4 * 33).map(|i| ((i * 37) % 19) as f32 * 0.2).collect();
         let (gamma, beta) = (vec![1.5; 33], vec![0.25; 33]);
         let mut plain = x.clone();
-        add_layer_norm(&mut plain, &r, &gamma, &beta, 1e-5);
+        add_layer_norm(&mut plain, &r, &gamma, &beta, 1e-5, None);
         let (mut y, mut z, mut inv) = (vec![0.0; x.len()], vec![0.0; x.len()], vec![0.0; 4]);
         layer_norm_keep(&x, &r, &gamma, &beta, 1e-5, &mut y, &mut z, &mut inv);
         assert_eq!(plain, y);

@@ -33,3 +33,37 @@ kernel! {
         }
     }
 }
+
+/// What a step without a gradient needs: [`adamw`] with g = 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Idle {
+    /// Decoupled weight decay's factor, 1 - rate * decay.
+    pub shrink: f32,
+    /// rate / correction1
+    pub step: f32,
+    /// 1 / sqrt(correction2)
+    pub root: f32,
+}
+
+kernel! {
+    /// Several steps of [`adamw`] with gradient 0, in order: the same operations, hence the same bits.
+    pub fn adamw_idle(w: &mut [f32], m: &mut [f32], v: &mut [f32], steps: &[Idle], beta1: f32, beta2: f32, eps: f32) {
+        let one = |w: &mut f32, m: &mut f32, v: &mut f32, s: &Idle| {
+            *m *= beta1;
+            *v *= beta2;
+            *w = *w * s.shrink - s.step * (*m / (v.sqrt() * s.root + eps));
+        };
+        let ((w, w_rest), (m, m_rest), (v, v_rest)) =
+            (w.as_chunks_mut::<16>(), m.as_chunks_mut::<16>(), v.as_chunks_mut::<16>());
+        for ((w, m), v) in w.iter_mut().zip(m).zip(v) {
+            for s in steps {
+                for i in 0..16 {
+                    one(&mut w[i], &mut m[i], &mut v[i], s);
+                }
+            }
+        }
+        for ((w, m), v) in w_rest.iter_mut().zip(m_rest).zip(v_rest) {
+            steps.iter().for_each(|s| one(w, m, v, s));
+        }
+    }
+}

@@ -9,11 +9,9 @@ pub enum Pool {
     First,
 }
 
-/// The tables of a BERT embedding, each `[rows, width]`.
+/// The small tables of a BERT embedding, each `[rows, width]`.
 #[derive(Clone, Copy)]
 pub struct Tables<'a> {
-    /// Word embeddings.
-    pub word: &'a [f32],
     /// Position embeddings.
     pub position: &'a [f32],
     /// Token-type embeddings; empty for a model without token types.
@@ -22,25 +20,29 @@ pub struct Tables<'a> {
     pub width: usize,
 }
 
+/// `out[t] = table[ids[t]]`.
+pub fn gather(table: &[f32], width: usize, ids: &[u32], out: &mut [f32]) {
+    for (&id, out) in ids.iter().zip(out.chunks_exact_mut(width)) {
+        out.copy_from_slice(&table[id as usize * width..][..width]);
+    }
+}
+
 kernel! {
-    /// `out[t] = (word[ids[t]] + token_type[types[t]]) + position[positions[t]]`: the order of transformers.
-    pub fn embed(tables: Tables, ids: &[u32], types: &[u32], positions: &[u32], out: &mut [f32]) {
+    /// `x[t] = (x[t] + token_type[types[t]]) + position[positions[t]]`, x being word embeddings: transformers' order.
+    pub fn add_embeddings(tables: Tables, types: &[u32], positions: &[u32], x: &mut [f32]) {
         let row = |table: &'_ [f32], i: u32| -> std::ops::Range<usize> {
             let start = i as usize * tables.width;
             debug_assert!(start + tables.width <= table.len());
             start..start + tables.width
         };
-        for (t, out) in out.chunks_exact_mut(tables.width).enumerate() {
-            let word = &tables.word[row(tables.word, ids[t])];
+        for (t, x) in x.chunks_exact_mut(tables.width).enumerate() {
             let position = &tables.position[row(tables.position, positions[t])];
             if tables.token_type.is_empty() {
-                out.iter_mut().zip(word).zip(position).for_each(|((o, w), p)| *o = w + p);
+                x.iter_mut().zip(position).for_each(|(x, p)| *x += p);
                 continue;
             }
             let kind = &tables.token_type[row(tables.token_type, types[t])];
-            for (((o, w), k), p) in out.iter_mut().zip(word).zip(kind).zip(position) {
-                *o = (w + k) + p;
-            }
+            x.iter_mut().zip(kind).zip(position).for_each(|((x, k), p)| *x = (*x + k) + p);
         }
     }
 }
@@ -161,8 +163,8 @@ mod tests {
         let mut out = [0.0; 4];
         for (token_type, want) in [(&token_type[..], [113.0, 224.0, 131.0, 242.0]), (&[], [13.0, 24.0, 31.0, 42.0])]
         {
-            let tables = Tables { word: &word, position: &position, token_type, width: 2 };
-            embed(tables, &[1, 0], &[0, 0], &[0, 1], &mut out);
+            gather(&word, 2, &[1, 0], &mut out);
+            add_embeddings(Tables { position: &position, token_type, width: 2 }, &[0, 0], &[0, 1], &mut out);
             assert_eq!(out, want);
         }
     }

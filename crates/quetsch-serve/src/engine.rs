@@ -1,35 +1,20 @@
-//! Models, the queue in front of them and the workers behind it.
+//! The queue, the workers behind it, and the way of a request through both.
 
+pub use crate::models::Served;
+use crate::models::{Models, Which};
 use crate::queue::{Queue, Refused};
 use crate::refusal::Refusal;
 use crate::{Config, Limits, telemetry};
 use metrics::{counter, gauge, histogram};
 use quetsch::Error;
 use quetsch::batch::{Batch, Encoding};
-use quetsch::checkpoint::{FloatType, Stored};
-use quetsch::dir;
-use quetsch::quant::FourBitKind;
-use quetsch::runtime::{Classifier, Workspace};
-use quetsch::spec::Tensor;
+use quetsch::runtime::Workspace;
 use quetsch::tokenizer::Cut;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
-
-/// A loaded model under its name.
-pub struct Served {
-    /// The name in requests.
-    pub name: String,
-    /// Where it came from.
-    pub path: PathBuf,
-    /// How its linears are stored.
-    pub dtype: &'static str,
-    /// The model.
-    pub classifier: Classifier,
-}
 
 /// One text or a pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,40 +85,19 @@ const TOKENISE_INLINE: usize = 4096;
 
 /// Everything behind the protocols.
 pub struct Engine {
-    models: Vec<Arc<Served>>,
+    models: Models,
     queue: Arc<Queue<Job>>,
     workers: Vec<JoinHandle<()>>,
     limits: Limits,
 }
 
 impl Engine {
-    /// Loads all models, starts the workers and sends one sentence through every model.
+    /// Loads all models and starts the workers.
     ///
     /// # Errors
     /// A model that cannot be read, or a name that is there twice.
     pub fn start(config: &Config) -> quetsch::Result<Engine> {
-        let mut models: Vec<Arc<Served>> = vec![];
-        for source in &config.models {
-            if models.iter().any(|m| m.name == source.name) {
-                return Err(Error::invalid(format!(
-                    "two models are called `{}`; give them names: --model NAME=DIR",
-                    source.name
-                )));
-            }
-            let dir = dir::read(&source.path)?;
-            let classifier =
-                Classifier::new(&dir, config.max_length).map_err(|e| Error::file(&source.path, e.to_string()))?;
-            let dtype = dtype(&dir.checkpoint);
-            models.push(Arc::new(Served {
-                name: source.name.clone(),
-                path: source.path.clone(),
-                dtype,
-                classifier,
-            }));
-        }
-        if models.is_empty() {
-            return Err(Error::invalid("no model to serve; give one with --model DIR"));
-        }
+        let models = Models::load(&config.models, config.max_length)?;
         let limits = config.limits;
         let queue = Arc::new(Queue::new(limits.max_concurrent_requests));
         let workers = (0..config.threads.max(1))
@@ -144,34 +108,30 @@ impl Engine {
             })
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(|e| Error::invalid(format!("cannot start a worker thread: {e}")))?;
-        let engine = Engine { models, queue, workers, limits };
-        engine.warm_up()?;
-        Ok(engine)
-    }
-
-    fn warm_up(&self) -> quetsch::Result<()> {
-        for model in &self.models {
-            let encoding = model.classifier.tokenizer().encode("warm up", model.classifier.max_length())?;
-            let replies = self.submit(model, vec![encoding]).map_err(|e| Error::invalid(e.to_string()))?;
-            for reply in replies {
-                let answer = reply.blocking_recv().unwrap_or_else(|_| Err(gone()));
-                answer.map_err(|e| Error::file(&model.path, e.to_string()))?;
-            }
-        }
-        Ok(())
+        Ok(Engine { models, queue, workers, limits })
     }
 
     /// All models; the first is the one for protocols that name none.
-    pub fn models(&self) -> &[Arc<Served>] {
-        &self.models
+    pub fn models(&self) -> Arc<[Arc<Served>]> {
+        self.models.all()
+    }
+
+    /// The model for requests that name none.
+    pub fn first(&self) -> Arc<Served> {
+        self.models.first()
     }
 
     /// A model by its name.
     ///
     /// # Errors
     /// There is none.
-    pub fn model(&self, name: &str) -> Result<&Arc<Served>, Refusal> {
-        self.models.iter().find(|m| m.name == name).ok_or_else(|| Refusal::UnknownModel(name.into()))
+    pub fn model(&self, name: &str) -> Result<Arc<Served>, Refusal> {
+        self.models.find(name)
+    }
+
+    /// Loads models again; takes as long as loading takes.
+    pub fn reload(&self, which: Which) {
+        self.models.reload(which);
     }
 
     /// Tokenises and classifies the texts of one request.
@@ -188,7 +148,7 @@ impl Engine {
         self.check_batch(texts.len())?;
         let limit = self.limits.max_text_bytes;
         if let Some(text) = texts.iter().find(|t| t.bytes() > limit) {
-            return Err(Refusal::TooLarge(format!("a text has {} bytes, this server takes {limit}", text.bytes())));
+            return Err(Refusal::Limit(format!("a text has {} bytes, this server takes {limit}", text.bytes())));
         }
         let encodings = match texts.iter().map(Sequence::bytes).sum::<usize>() > TOKENISE_INLINE {
             false => encode(model, &texts, overlong),
@@ -209,7 +169,7 @@ impl Engine {
         self.check_batch(encodings.len())?;
         let limit = model.classifier.max_length();
         if let Some(e) = encodings.iter().find(|e| e.ids.len() > limit) {
-            return Err(Refusal::TooLarge(format!("a row has {} tokens, this model takes {limit}", e.ids.len())));
+            return Err(Refusal::Limit(format!("a row has {} tokens, this model takes {limit}", e.ids.len())));
         }
         Batch::new(model.classifier.model().spec(), &encodings).map_err(|e| Refusal::Shape(e.to_string()))?;
         self.answer(model, encodings, Instant::now()).await
@@ -219,9 +179,7 @@ impl Engine {
         let limit = self.limits.max_client_batch_size;
         match n {
             0 => Err(Refusal::Empty),
-            n if n > limit => {
-                Err(Refusal::TooLarge(format!("batch size {n} > maximum allowed batch size {limit}")))
-            }
+            n if n > limit => Err(Refusal::Limit(format!("batch size {n} > maximum allowed batch size {limit}"))),
             _ => Ok(()),
         }
     }
@@ -298,9 +256,9 @@ fn encode(model: &Served, texts: &[Sequence], overlong: Overlong) -> Result<Vec<
         let e = tokenizer.encode_cut(&s.text, s.pair.as_deref(), length, cut);
         let e = e.map_err(|e| Refusal::Tokenizer(e.to_string()))?;
         match e.ids.len() {
-            n if n > limit => {
-                Err(Refusal::TooLarge(format!("`inputs` must have less than {limit} tokens. Given: {n}")))
-            }
+            n if n > limit => Err(Refusal::Limit(format!(
+                "Input validation error: `inputs` must have less than {limit} tokens. Given: {n}"
+            ))),
             _ => Ok(e),
         }
     };
@@ -353,7 +311,7 @@ fn forward(model: &Served, jobs: &[Job], workspace: &mut Workspace) -> Result<Ve
         Batch::new(model.spec(), jobs.iter().map(|j| &j.encoding)).map_err(|e| Refusal::Shape(e.to_string()))?;
     histogram!("te_batch_next_size").record(jobs.len() as f64);
     histogram!("te_batch_next_tokens").record(batch.tokens() as f64);
-    Ok(model.forward(workspace, &batch))
+    model.forward(workspace, &batch).map_err(|e| Refusal::Inference(e.to_string()))
 }
 
 /// JSON has no NaN, and a model that gives one is broken.
@@ -362,19 +320,4 @@ fn finite(logits: Vec<f32>) -> Result<Vec<f32>, Refusal> {
         true => Ok(logits),
         false => Err(Refusal::Inference("score is NaN".into())),
     }
-}
-
-/// How the linears are stored: the first quantised one says it, else the first one.
-fn dtype(checkpoint: &quetsch::checkpoint::Checkpoint) -> &'static str {
-    let name = |stored: &Stored| match stored {
-        Stored::Float { dtype: FloatType::F32, .. } => "float32",
-        Stored::Float { dtype: FloatType::F16, .. } => "float16",
-        Stored::Float { dtype: FloatType::Bf16, .. } => "bfloat16",
-        Stored::Int8(_) => "int8",
-        Stored::FourBit(q) if q.kind == FourBitKind::Nf4 => "nf4",
-        Stored::FourBit(_) => "fp4",
-    };
-    let linears = || checkpoint.tensors().filter(|(d, _)| matches!(d.tensor, Tensor::W(_))).map(|(_, s)| s);
-    let quantised = linears().find(|s| !matches!(s, Stored::Float { .. }));
-    quantised.or_else(|| linears().next()).map_or("float32", name)
 }

@@ -1,19 +1,19 @@
-//! Connections, routes, and what all protocols share: the key, request ids, body limits.
+//! The server's life, routes, and what all protocols share: the key, request ids, body limits.
 
+use crate::door::{Door, Speaks};
 use crate::engine::Engine;
+use crate::models::Which;
+use crate::oip::{grpc, rest};
 use crate::refusal::Refusal;
-use crate::{Config, oip, tei, telemetry, vllm};
+use crate::tls::Tls;
+use crate::{Config, page, tei, telemetry, vllm};
 use axum::Router;
-use axum::body::to_bytes;
+use axum::body::{Bytes, to_bytes};
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
+use axum::routing::{MethodRouter, get, post};
 use quetsch::Error;
 use serde::de::DeserializeOwned;
 use std::hash::{BuildHasher, RandomState};
@@ -22,8 +22,9 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, Instant};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, watch};
+use tower_http::cors::CorsLayer;
+use tracing::Instrument;
 
 /// What every handler sees.
 pub struct App {
@@ -48,44 +49,64 @@ impl App {
     }
 }
 
-/// Serves until `stop`, then answers what was accepted and returns. `listening` is told the address, before the models
-/// are loaded.
+/// The addresses that a server listens on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listening {
+    /// HTTP, or HTTPS with [`Config::tls`].
+    pub http: SocketAddr,
+    /// gRPC, if [`Config::grpc_port`] is set.
+    pub grpc: Option<SocketAddr>,
+}
+
+/// Serves until `stop`, then answers what was accepted and returns. `listening` is told the addresses, before the
+/// models are loaded. With every `reload` models and certificate are read again.
 ///
 /// # Errors
 /// As [`run`](crate::run).
 pub async fn serve(
     config: Config,
-    listening: impl FnOnce(SocketAddr),
+    listening: impl FnOnce(Listening),
     stop: impl Future<Output = ()>,
+    reload: Arc<Notify>,
 ) -> quetsch::Result<()> {
     config.check()?;
     let limits = config.limits;
-    let address = SocketAddr::new(config.host, config.port);
-    let bound = |e| Error::invalid(format!("cannot listen on {address}: {e}; choose another with --port"));
-    let listener = TcpListener::bind(address).await.map_err(bound)?;
-    listening(listener.local_addr().map_err(bound)?);
+    let mut doors = vec![];
+    for (port, speaks) in [(Some(config.port), Speaks::Http), (config.grpc_port, Speaks::Grpc)] {
+        let Some(port) = port else { continue };
+        let tls = config.tls.as_ref().map(|files| Tls::read(files, speaks.alpn()).map(Arc::new)).transpose()?;
+        doors.push(Door::open(SocketAddr::new(config.host, port), speaks, tls, limits).await?);
+    }
+    listening(Listening { http: doors[0].address, grpc: doors.get(1).map(|d| d.address) });
 
     telemetry::recorder();
     let app = Arc::new(App { config, engine: OnceLock::new(), stopping: AtomicBool::new(false) });
-    let router = router(app.clone());
+    let open: Vec<_> = doors.iter().map(Door::counter).collect();
+    let open = || open.iter().map(|count| count()).sum::<usize>();
+    let certificates: Vec<_> = doors.iter().filter_map(|d| d.tls.clone()).collect();
+    let (close, closed) = watch::channel(false);
+    for door in doors {
+        let router = match door.speaks {
+            Speaks::Http => router(app.clone()),
+            Speaks::Grpc => grpc_router(app.clone()),
+        };
+        tokio::spawn(door.admit(router, closed.clone()));
+    }
+    drop(closed);
+
     let mut loading = tokio::task::spawn_blocking({
         let config = app.config.clone();
         move || Engine::start(&config)
     });
     let mut upkeep = tokio::time::interval(Duration::from_secs(5));
-    let connections = Arc::new(Semaphore::new(limits.max_connections));
-    let graceful = GracefulShutdown::new();
+    let mut look = app.config.reload_interval.map(tokio::time::interval);
     let mut stop = pin!(stop);
     loop {
-        let accept = async {
-            let permit = connections.clone().acquire_owned().await;
-            (listener.accept().await, permit)
-        };
-        let (accepted, permit) = tokio::select! {
+        let which = tokio::select! {
             () = &mut stop => break,
             loaded = &mut loading, if app.engine.get().is_none() => {
                 let engine = loaded.map_err(|e| Error::invalid(format!("loading the models failed: {e}")))??;
-                for model in engine.models() {
+                for model in engine.models().iter() {
                     tracing::info!(model = model.name, dtype = model.dtype, "ready");
                 }
                 let _ = app.engine.set(engine);
@@ -95,73 +116,129 @@ pub async fn serve(
                 telemetry::recorder().run_upkeep();
                 continue;
             }
-            accepted = accept => accepted,
+            () = reload.notified(), if app.engine.get().is_some() => Which::All,
+            () = tick(&mut look), if app.engine.get().is_some() => Which::Changed,
         };
-        let Ok((stream, _)) = accepted else {
-            // Out of file descriptors, say: others will end soon.
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            continue;
-        };
-        let _ = stream.set_nodelay(true);
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(limits.header_timeout)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
-        let connection = graceful.watch(connection);
-        tokio::spawn(async move {
-            let _ = connection.await; // a client that broke off is no news
-            drop(permit);
-        });
+        if which == Which::All {
+            certificates.iter().for_each(|c| c.reload());
+        }
+        let app = app.clone();
+        // Not waited for: the server stops when it is told to, not when a model is loaded.
+        tokio::task::spawn_blocking(move || app.engine.get().map(|engine| engine.reload(which)));
     }
     app.stopping.store(true, Ordering::Relaxed);
-    drop(listener);
-    let open = limits.max_connections - connections.available_permits();
-    tracing::info!(connections = open, "stopping");
+    let _ = close.send(true);
+    tracing::info!(connections = open(), "stopping");
     tokio::select! {
-        () = graceful.shutdown() => Ok(()),
+        () = close.closed() => Ok(()),
         () = tokio::time::sleep(limits.drain_timeout) => {
-            let left = limits.max_connections - connections.available_permits();
-            let seconds = limits.drain_timeout.as_secs_f32();
+            let (left, seconds) = (open(), limits.drain_timeout.as_secs_f32());
             Err(Error::invalid(format!("stopped with {left} connections unanswered after {seconds} s")))
         }
     }
 }
 
+/// The next tick; without an interval there is none.
+async fn tick(interval: &mut Option<tokio::time::Interval>) {
+    match interval {
+        Some(interval) => drop(interval.tick().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Who may use a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    /// Everybody: health, metrics, the page.
+    Open,
+    /// Who has the key, if there is one.
+    Key,
+}
+
+/// Every route over HTTP. `openapi.json` describes the same ones; a test compares them.
+fn routes() -> Vec<(&'static str, MethodRouter<Arc<App>>, Access)> {
+    use Access::{Key, Open};
+    vec![
+        ("/", get(page::show), Open),
+        ("/", post(tei::root), Key),
+        ("/openapi.json", get(page::openapi), Open),
+        ("/api-doc/openapi.json", get(page::openapi), Open),
+        ("/health", get(tei::health), Open),
+        ("/ping", get(tei::health), Open),
+        ("/metrics", get(metrics), Open),
+        ("/info", get(tei::info), Key),
+        ("/predict", post(tei::predict), Key),
+        ("/invocations", post(tei::predict), Key),
+        ("/classify", post(vllm::classify), Key),
+        ("/v1/classify", post(vllm::classify), Key),
+        ("/v2", get(rest::server), Key),
+        ("/v2/health/live", get(rest::live), Open),
+        ("/v2/health/ready", get(rest::ready), Open),
+        ("/v2/models/{model}", get(rest::metadata), Key),
+        ("/v2/models/{model}/ready", get(rest::model_ready), Key),
+        ("/v2/models/{model}/infer", post(rest::infer), Key),
+        ("/v2/models/{model}/versions/{version}", get(rest::metadata), Key),
+        ("/v2/models/{model}/versions/{version}/ready", get(rest::model_ready), Key),
+        ("/v2/models/{model}/versions/{version}/infer", post(rest::infer), Key),
+    ]
+}
+
 fn router(app: Arc<App>) -> Router {
-    let open = Router::new()
-        .route("/health", get(tei::health))
-        .route("/ping", get(tei::health))
-        .route("/metrics", get(metrics))
-        .route("/v2/health/live", get(oip::live))
-        .route("/v2/health/ready", get(oip::ready));
-    let model = |path: &str| format!("/v2/models/{{model}}{path}");
-    let version = |path: &str| format!("/v2/models/{{model}}/versions/{{version}}{path}");
-    let mut keyed = Router::new()
-        .route("/predict", post(tei::predict))
-        .route("/info", get(tei::info))
-        .route("/classify", post(vllm::classify))
-        .route("/v1/classify", post(vllm::classify))
-        .route("/v2", get(oip::server));
-    for path in [&model as &dyn Fn(&str) -> String, &version] {
-        keyed = keyed
-            .route(&path(""), get(oip::metadata))
-            .route(&path("/ready"), get(oip::model_ready))
-            .route(&path("/infer"), post(oip::infer));
+    let (mut open, mut keyed) = (Router::new(), Router::new());
+    for (path, handler, access) in routes() {
+        match access {
+            Access::Open => open = open.route(path, handler),
+            Access::Key => keyed = keyed.route(path, handler),
+        }
     }
     let keyed = keyed.route_layer(from_fn_with_state(app.clone(), check_key));
-    open.merge(keyed).layer(from_fn(observe)).with_state(app)
+    let mut router = open.merge(keyed);
+    if !app.config.cors_allow_origin.is_empty() {
+        let cors = CorsLayer::new()
+            .allow_methods([Method::GET, Method::POST])
+            .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION])
+            .allow_origin(app.config.cors_allow_origin.clone());
+        router = router.layer(cors);
+    }
+    router.layer(from_fn(observe)).with_state(app)
+}
+
+fn grpc_router(app: Arc<App>) -> Router {
+    let service = grpc::GrpcInferenceServiceServer::new(grpc::Service(app.clone()))
+        .max_decoding_message_size(app.config.limits.payload_limit);
+    let router = tonic::service::Routes::new(service).prepare().into_axum_router();
+    router.layer(from_fn_with_state(app, guard_grpc)).layer(from_fn(observe))
 }
 
 async fn metrics() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], telemetry::recorder().render())
 }
 
+/// Whether a request has the key, or none is needed.
+fn may(app: &App, headers: &HeaderMap) -> bool {
+    let Some(key) = &app.config.api_key else { return true };
+    let given = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    given.and_then(|g| g.strip_prefix(b"Bearer ")).is_some_and(|given| key.is(given))
+}
+
 async fn check_key(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let Some(key) = &app.config.api_key else { return next.run(request).await };
-    let given = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
-    match given.and_then(|g| g.strip_prefix(b"Bearer ")) {
-        Some(given) if key.is(given) => next.run(request).await,
-        _ => tei::Answer(Err(Refusal::Unauthorized)).into_response(),
+    match may(&app, request.headers()) {
+        true => next.run(request).await,
+        false => tei::Answer(Err(Refusal::Unauthorized)).into_response(),
+    }
+}
+
+/// The key, and a limit to how long a call may take to come in and be answered.
+async fn guard_grpc(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let open = path.ends_with("/ServerLive") || path.ends_with("/ServerReady");
+    if !open && !may(&app, request.headers()) {
+        return grpc::status(&Refusal::Unauthorized).into_http();
+    }
+    let limit = app.config.limits.body_timeout + app.config.limits.queue_timeout;
+    match tokio::time::timeout(limit, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => grpc::status(&Refusal::TooSlow).into_http(),
     }
 }
 
@@ -170,19 +247,29 @@ async fn observe(request: Request, next: Next) -> Response {
     let start = Instant::now();
     let id = request.headers().get("x-request-id").filter(|id| is_decent(id)).cloned();
     let id = id.or_else(|| HeaderValue::from_str(&new_id()).ok()).unwrap_or(HeaderValue::from_static("-"));
-    let route = request.extensions().get::<MatchedPath>().map(|p| p.as_str().to_owned());
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let route = || route.as_ref().map_or("-", MatchedPath::as_str);
     let method = request.method().clone();
-    let mut response = next.run(request).await;
+    let span = tracing::info_span!(
+        "request",
+        id = id.to_str().unwrap_or("-"),
+        http.request.method = %method,
+        http.route = route(),
+        http.response.status_code = tracing::field::Empty,
+    );
+    let mut response = next.run(request).instrument(span.clone()).await;
+    let status = response.status();
+    span.record("http.response.status_code", status.as_u16());
     tracing::info!(
         id = id.to_str().unwrap_or("-"),
         %method,
-        route = route.as_deref().unwrap_or("-"),
-        status = response.status().as_u16(),
+        route = route(),
+        status = status.as_u16(),
         ms = start.elapsed().as_secs_f64() * 1e3,
         "request"
     );
     response.headers_mut().insert("x-request-id", id);
-    if response.status() == StatusCode::TOO_MANY_REQUESTS {
+    if status == StatusCode::TOO_MANY_REQUESTS {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }
     response
@@ -209,6 +296,25 @@ pub async fn json<T: DeserializeOwned>(app: &App, request: Request) -> Result<T,
     if !says_json(request.headers()) {
         return Err(Refusal::MediaType);
     }
+    parse(&body(app, request).await?)
+}
+
+/// JSON from bytes.
+///
+/// # Errors
+/// It is no JSON, or JSON of another shape.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(bytes).map_err(|e| match e.is_data() {
+        true => Refusal::Shape(e.to_string()),
+        false => Refusal::Syntax(e.to_string()),
+    })
+}
+
+/// Reads a body within the limits.
+///
+/// # Errors
+/// It is too large, too slow, or broke off.
+pub async fn body(app: &App, request: Request) -> Result<Bytes, Refusal> {
     let limit = app.config.limits.payload_limit;
     let too_large = || Refusal::TooLarge(format!("the body has more than {limit} bytes"));
     let length = request.headers().get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse::<usize>().ok());
@@ -217,13 +323,9 @@ pub async fn json<T: DeserializeOwned>(app: &App, request: Request) -> Result<T,
     }
     let body = to_bytes(request.into_body(), limit);
     let body = tokio::time::timeout(app.config.limits.body_timeout, body).await.map_err(|_| Refusal::TooSlow)?;
-    let body = body.map_err(|e| match e.to_string().contains("length limit") {
+    body.map_err(|e| match e.to_string().contains("length limit") {
         true => too_large(),
         false => Refusal::Syntax("it broke off".into()),
-    })?;
-    serde_json::from_slice(&body).map_err(|e| match e.is_data() {
-        true => Refusal::Shape(e.to_string()),
-        false => Refusal::Syntax(e.to_string()),
     })
 }
 
@@ -236,6 +338,24 @@ fn says_json(headers: &HeaderMap) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The examples in it are sent by `tests/openapi.rs`.
+    #[test]
+    fn every_route_is_described_and_nothing_else() {
+        let document: serde_json::Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+        let paths = document["paths"].as_object().unwrap();
+        let mut described: Vec<_> = paths.keys().map(String::as_str).collect();
+        let mut there: Vec<_> = routes().iter().map(|(path, ..)| *path).collect();
+        described.sort();
+        there.sort();
+        there.dedup();
+        assert_eq!(described, there);
+        for (path, _, access) in routes().iter().filter(|r| r.0 != "/") {
+            let operation = paths[*path].as_object().unwrap().values().next().unwrap();
+            let open = operation["security"].as_array().is_some_and(Vec::is_empty);
+            assert_eq!(open, *access == Access::Open, "{path}");
+        }
+    }
 
     #[test]
     fn content_types() {

@@ -1,24 +1,36 @@
 //! A classifier server on one small runtime: Hugging Face text-embeddings-inference `/predict`, Open Inference Protocol
-//! v2 over REST and vLLM `/classify`, with the same answers as `quetsch predict`.
+//! v2 over REST and gRPC, and vLLM `/classify`, with the same answers as `quetsch predict`.
 //!
-//! A request goes through `http` (limits, key, request id), one protocol module (`tei`, `oip`, `vllm`), `engine`
-//! (tokens, queue, workers) and back. [`run`] is all that a program needs.
+//! A request comes in through a `door` (connections, TLS), then `http` (limits, key, request id), one protocol module
+//! (`tei`, `oip`, `vllm`), `engine` (tokens, queue, workers; `models` swaps them), and back. [`run`] is all that a
+//! program needs.
 
+mod door;
 mod engine;
 mod http;
+mod models;
 mod oip;
+mod page;
 mod queue;
+#[cfg(test)]
+mod queue_tests;
 mod refusal;
+mod sync;
 mod tei;
 mod telemetry;
+mod tls;
 mod vllm;
 
-pub use http::serve;
+pub use axum::http::HeaderValue;
+pub use http::{Listening, serve};
+pub use tls::TlsFiles;
 
 use quetsch::{Error, Result};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// A model directory and its name in requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +123,10 @@ pub struct Config {
     pub host: IpAddr,
     /// The port; 0 for any free one.
     pub port: u16,
+    /// The port for gRPC, if it is spoken; 0 for any free one.
+    pub grpc_port: Option<u16>,
+    /// Certificate and key, for HTTPS and gRPC over TLS.
+    pub tls: Option<TlsFiles>,
     /// Worker threads.
     pub threads: usize,
     /// Longest text in tokens, if not what each model says.
@@ -119,6 +135,10 @@ pub struct Config {
     pub auto_truncate: bool,
     /// What clients must send as `Authorization: Bearer KEY`.
     pub api_key: Option<ApiKey>,
+    /// Web pages of these origins may use this server; none may, if there is none.
+    pub cors_allow_origin: Vec<HeaderValue>,
+    /// How often to look whether a model directory has changed, and load it again if so.
+    pub reload_interval: Option<Duration>,
     /// Limits.
     pub limits: Limits,
 }
@@ -130,10 +150,14 @@ impl Config {
             models,
             host: Ipv4Addr::LOCALHOST.into(),
             port: 3000,
+            grpc_port: None,
+            tls: None,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             max_length: None,
             auto_truncate: true,
             api_key: None,
+            cors_allow_origin: vec![],
+            reload_interval: None,
             limits: Limits::default(),
         }
     }
@@ -148,6 +172,9 @@ impl Config {
                 l.max_client_batch_size, l.max_concurrent_requests
             )));
         }
+        if self.reload_interval == Some(Duration::ZERO) {
+            return Err(Error::invalid("the interval for looking at model directories must be above 0"));
+        }
         if l.payload_limit == 0 || l.max_text_bytes == 0 || l.max_connections == 0 {
             return Err(Error::invalid("payload_limit, max_text_bytes and max_connections must be at least 1"));
         }
@@ -155,13 +182,13 @@ impl Config {
     }
 }
 
-/// Serves until SIGTERM or Ctrl-C, then answers what was accepted and returns. `listening` is told the address, before
-/// the models are loaded.
+/// Serves until SIGTERM or Ctrl-C, then answers what was accepted and returns. `listening` is told the addresses, before
+/// the models are loaded. On SIGHUP models and certificate are read again.
 ///
 /// # Errors
-/// A limit that makes no sense, an address that is taken, a model that cannot be read, or requests that are not
-/// answered when the time to stop is over.
-pub fn run(config: Config, listening: impl FnOnce(SocketAddr)) -> Result<()> {
+/// A limit that makes no sense, an address that is taken, a certificate or a model that cannot be read, or requests
+/// that are not answered when the time to stop is over.
+pub fn run(config: Config, listening: impl FnOnce(Listening)) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(config.threads.clamp(1, 4)) // they parse and write JSON; the workers compute
         .enable_all()
@@ -169,7 +196,7 @@ pub fn run(config: Config, listening: impl FnOnce(SocketAddr)) -> Result<()> {
         .map_err(|e| Error::invalid(format!("cannot start the network threads: {e}")))?;
     let outcome = runtime.block_on(async {
         let stop = signal()?;
-        serve(config, listening, stop).await
+        serve(config, listening, stop, hang_up()?).await
     });
     runtime.shutdown_timeout(Duration::from_secs(1));
     outcome
@@ -186,6 +213,27 @@ fn signal() -> Result<impl Future<Output = ()>> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+/// Rings with every SIGHUP.
+#[cfg(unix)]
+fn hang_up() -> Result<Arc<Notify>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut hang_ups =
+        signal(SignalKind::hangup()).map_err(|e| Error::invalid(format!("cannot listen for signals: {e}")))?;
+    let reload = Arc::new(Notify::new());
+    let ring = reload.clone();
+    tokio::spawn(async move {
+        while hang_ups.recv().await.is_some() {
+            ring.notify_one();
+        }
+    });
+    Ok(reload)
+}
+
+#[cfg(not(unix))]
+fn hang_up() -> Result<Arc<Notify>> {
+    Ok(Arc::new(Notify::new()))
 }
 
 #[cfg(not(unix))]

@@ -14,8 +14,10 @@ pub enum Refusal {
     MediaType,
     /// There is no text in it.
     Empty,
-    /// A limit of this server: body, text, batch, tokens.
+    /// The body has more bytes than this server takes.
     TooLarge(String),
+    /// Another limit of this server: text, batch, tokens.
+    Limit(String),
     /// The text cannot be tokenised.
     Tokenizer(String),
     /// No such model.
@@ -37,7 +39,7 @@ impl Refusal {
     pub fn status(&self) -> StatusCode {
         match self {
             Refusal::Syntax(_) | Refusal::Empty => StatusCode::BAD_REQUEST,
-            Refusal::Shape(_) | Refusal::Tokenizer(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Refusal::Shape(_) | Refusal::Limit(_) | Refusal::Tokenizer(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Refusal::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Refusal::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Refusal::UnknownModel(_) => StatusCode::NOT_FOUND,
@@ -52,9 +54,28 @@ impl Refusal {
     /// The status of servers that call every request they do not understand bad.
     pub fn plain_status(&self) -> StatusCode {
         match self {
-            Refusal::Shape(_) | Refusal::Tokenizer(_) => StatusCode::BAD_REQUEST,
+            Refusal::Shape(_) | Refusal::Limit(_) | Refusal::Tokenizer(_) => StatusCode::BAD_REQUEST,
             Refusal::Inference(_) => StatusCode::INTERNAL_SERVER_ERROR,
             other => other.status(),
+        }
+    }
+
+    /// The code of gRPC.
+    pub fn code(&self) -> tonic::Code {
+        match self {
+            Refusal::Syntax(_)
+            | Refusal::Shape(_)
+            | Refusal::MediaType
+            | Refusal::Empty
+            | Refusal::TooLarge(_)
+            | Refusal::Limit(_)
+            | Refusal::Tokenizer(_) => tonic::Code::InvalidArgument,
+            Refusal::UnknownModel(_) => tonic::Code::NotFound,
+            Refusal::Unauthorized => tonic::Code::Unauthenticated,
+            Refusal::TooSlow => tonic::Code::DeadlineExceeded,
+            Refusal::Overloaded => tonic::Code::ResourceExhausted,
+            Refusal::NotReady => tonic::Code::Unavailable,
+            Refusal::Inference(_) => tonic::Code::Internal,
         }
     }
 
@@ -62,7 +83,7 @@ impl Refusal {
     pub fn kind(&self) -> &'static str {
         match self {
             Refusal::Syntax(_) | Refusal::Shape(_) | Refusal::MediaType | Refusal::Empty => "validation",
-            Refusal::TooLarge(_) => "too_large",
+            Refusal::TooLarge(_) | Refusal::Limit(_) => "too_large",
             Refusal::Tokenizer(_) => "tokenization",
             Refusal::UnknownModel(_) => "model",
             Refusal::Unauthorized => "unauthorized",
@@ -79,6 +100,7 @@ impl fmt::Display for Refusal {
         match self {
             Refusal::Syntax(e) => write!(f, "the body is not JSON: {e}"),
             Refusal::Shape(e) | Refusal::TooLarge(e) => write!(f, "Input validation error: {e}"),
+            Refusal::Limit(e) => f.write_str(e),
             Refusal::MediaType => f.write_str("expected `Content-Type: application/json`"),
             Refusal::Empty => f.write_str("Input validation error: `inputs` cannot be empty"),
             Refusal::Tokenizer(e) => write!(f, "Tokenization error: {e}"),

@@ -1,7 +1,7 @@
 //! The REST interface of Hugging Face's text-embeddings-inference for classifiers: `/predict`, `/info`, `/health`.
 //! A flat list of two strings is a pair, as there; a batch is a list of lists.
 
-use crate::engine::{Answers, Engine, Overlong, Sequence};
+use crate::engine::{Answers, Engine, Overlong, Sequence, Served};
 use crate::http::{App, json};
 use crate::refusal::Refusal;
 use crate::telemetry;
@@ -60,7 +60,7 @@ pub async fn info(State(app): State<Arc<App>>) -> Answer {
 }
 
 fn describe(app: &App, engine: &Engine) -> Value {
-    let (model, limits) = (&engine.models()[0], &app.config.limits);
+    let (model, limits) = (engine.first(), &app.config.limits);
     let labels = model.classifier.labels();
     let id2label: Map<String, Value> =
         labels.iter().enumerate().map(|(i, l)| (i.to_string(), l.clone().into())).collect();
@@ -147,28 +147,39 @@ struct Prediction<'a> {
     label: &'a str,
 }
 
+/// What becomes of logits.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Function {
+    Softmax,
+    Sigmoid,
+    None,
+}
+
 /// Labels and scores in falling order: all of them, or the first `k`.
-fn predictions(mut scores: Vec<f32>, labels: &[String], raw: bool, k: usize) -> Vec<Prediction<'_>> {
+fn predictions(mut scores: Vec<f32>, labels: &[String], function: Function, k: usize) -> Vec<Prediction<'_>> {
     let order = top_k(&scores, k);
-    match (raw, scores.len()) {
-        (true, _) => {}
-        (false, 1) => scores[0] = 1.0 / (1.0 + (-scores[0]).exp()), // one label: a sigmoid, as there
-        (false, _) => softmax(&mut scores),
+    match function {
+        Function::None => {}
+        Function::Sigmoid => scores.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-*x).exp())),
+        Function::Softmax => softmax(&mut scores),
     }
     order.into_iter().map(|i| Prediction { score: scores[i], label: &labels[i] }).collect()
 }
 
-/// `POST /predict`.
-pub async fn predict(State(app): State<Arc<App>>, request: Request) -> Answer {
-    Answer(try_predict(&app, request).await)
+/// What a classifier's scores are if nobody says: probabilities, of a single label by a sigmoid.
+fn usual(model: &Served) -> Function {
+    if model.classifier.labels().len() == 1 { Function::Sigmoid } else { Function::Softmax }
 }
 
-async fn try_predict(app: &App, request: Request) -> Result<Response, Refusal> {
+/// `POST /predict`.
+pub async fn predict(State(app): State<Arc<App>>, request: Request) -> Answer {
+    Answer(async { try_predict(&app, json(&app, request).await?).await }.await)
+}
+
+async fn try_predict(app: &App, request: PredictRequest) -> Result<Response, Refusal> {
     let engine = app.engine()?;
-    let request: PredictRequest = json(app, request).await?;
-    if request.top_k == Some(0) {
-        return Err(Refusal::Shape("top_k: expected at least 1".into()));
-    }
+    check_top_k(request.top_k)?;
     let overlong = match (request.truncate.unwrap_or(app.config.auto_truncate), request.truncation_direction) {
         (false, _) => Overlong::Refuse,
         (true, Direction::Left) => Overlong::Cut(Cut::Left),
@@ -178,21 +189,87 @@ async fn try_predict(app: &App, request: Request) -> Result<Response, Refusal> {
         Inputs::One(text) => (false, vec![text]),
         Inputs::Many(texts) => (true, texts),
     };
-    if texts.iter().any(|t| t.text.is_empty() && t.pair.as_ref().is_none_or(String::is_empty)) {
-        return Err(Refusal::Empty);
-    }
+    check_not_empty(&texts)?;
     let characters = texts.iter().map(Sequence::chars).sum();
-    let model = &engine.models()[0];
-    let answers = engine.classify(model, texts, overlong).await?;
+    let model = engine.first();
+    let answers = engine.classify(&model, texts, overlong).await?;
     let headers = headers(&answers, characters);
     let labels = model.classifier.labels();
     let k = request.top_k.unwrap_or(labels.len());
-    let mut rows = answers.logits.into_iter().map(|row| predictions(row, labels, request.raw_scores, k));
+    let function = if request.raw_scores { Function::None } else { usual(&model) };
+    let mut rows = answers.logits.into_iter().map(|row| predictions(row, labels, function, k));
     let body = match batch {
         true => Json(rows.collect::<Vec<_>>()).into_response(),
         false => Json(rows.next()).into_response(),
     };
     Ok((headers, body).into_response())
+}
+
+fn check_top_k(top_k: Option<usize>) -> Result<(), Refusal> {
+    match top_k {
+        Some(0) => Err(Refusal::Shape("top_k: expected at least 1".into())),
+        _ => Ok(()),
+    }
+}
+
+fn check_not_empty(texts: &[Sequence]) -> Result<(), Refusal> {
+    match texts.iter().any(|t| t.text.is_empty() && t.pair.as_ref().is_none_or(String::is_empty)) {
+        true => Err(Refusal::Empty),
+        false => Ok(()),
+    }
+}
+
+/// What Hugging Face's inference clients send to a model's own address: a pipeline's parameters stand apart, a list of
+/// texts is a batch, and the answer is always a list of lists.
+#[derive(Deserialize)]
+struct PipelineRequest {
+    inputs: PipelineInputs,
+    parameters: Parameters,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "inputs: expected a string or a list of strings")]
+enum PipelineInputs {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct Parameters {
+    function_to_apply: Option<Function>,
+    top_k: Option<usize>,
+}
+
+/// `POST /`: as `/predict`, or, with `parameters`, as a pipeline.
+pub async fn root(State(app): State<Arc<App>>, request: Request) -> Answer {
+    let answer = async {
+        let body: Value = json(&app, request).await?;
+        let shape = |e: serde_json::Error| Refusal::Shape(e.to_string());
+        match body.get("parameters") {
+            Some(Value::Object(_)) => pipeline(&app, serde_json::from_value(body).map_err(shape)?).await,
+            _ => try_predict(&app, serde_json::from_value(body).map_err(shape)?).await,
+        }
+    };
+    Answer(answer.await)
+}
+
+async fn pipeline(app: &App, request: PipelineRequest) -> Result<Response, Refusal> {
+    let engine = app.engine()?;
+    check_top_k(request.parameters.top_k)?;
+    let texts = match request.inputs {
+        PipelineInputs::One(text) => vec![text],
+        PipelineInputs::Many(texts) => texts,
+    };
+    let texts: Vec<_> = texts.into_iter().map(|text| Sequence { text, pair: None }).collect();
+    check_not_empty(&texts)?;
+    let overlong = if app.config.auto_truncate { Overlong::Cut(Cut::Right) } else { Overlong::Refuse };
+    let model = engine.first();
+    let answers = engine.classify(&model, texts, overlong).await?;
+    let labels = model.classifier.labels();
+    let k = request.parameters.top_k.unwrap_or(labels.len());
+    let function = request.parameters.function_to_apply.unwrap_or(usual(&model));
+    let rows: Vec<_> = answers.logits.into_iter().map(|row| predictions(row, labels, function, k)).collect();
+    Ok(Json(rows).into_response())
 }
 
 /// Where the time went, in whole milliseconds.

@@ -1,4 +1,4 @@
-//! vLLM's `POST /classify`: one text or a list, probabilities in the order of the classes.
+//! vLLM's `POST /classify`: a text or a list of them, or token ids; probabilities in the order of the classes.
 
 use crate::engine::{Overlong, Sequence};
 use crate::http::{App, json, new_id};
@@ -7,6 +7,7 @@ use crate::telemetry;
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
+use quetsch::batch::Encoding;
 use quetsch::metrics::{argmax, softmax};
 use quetsch::tokenizer::Cut;
 use serde::Deserialize;
@@ -21,10 +22,15 @@ struct ClassifyRequest {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "input: expected a string or a list of strings")]
+#[serde(
+    untagged,
+    expecting = "input: expected a string, a list of strings, a list of token ids or a list of such lists"
+)]
 enum Input {
     One(String),
     Many(Vec<String>),
+    Ids(Vec<u32>),
+    ManyIds(Vec<Vec<u32>>),
 }
 
 /// `POST /classify`.
@@ -52,15 +58,17 @@ async fn try_classify(app: &App, request: Request) -> Result<Value, Refusal> {
     let request: ClassifyRequest = json(app, request).await?;
     let model = match &request.model {
         Some(name) => engine.model(name)?,
-        None => &engine.models()[0],
+        None => engine.first(),
     };
-    let texts = match request.input {
-        Input::One(text) => vec![text],
-        Input::Many(texts) => texts,
-    };
-    let texts = texts.into_iter().map(|text| Sequence { text, pair: None }).collect();
     let overlong = if app.config.auto_truncate { Overlong::Cut(Cut::Right) } else { Overlong::Refuse };
-    let answers = engine.classify(model, texts, overlong).await?;
+    let text = |text| Sequence { text, pair: None };
+    let row = |ids| Encoding { ids, types: vec![] };
+    let answers = match request.input {
+        Input::One(one) => engine.classify(&model, vec![text(one)], overlong).await,
+        Input::Many(texts) => engine.classify(&model, texts.into_iter().map(text).collect(), overlong).await,
+        Input::Ids(ids) => engine.classify_ids(&model, vec![row(ids)]).await,
+        Input::ManyIds(rows) => engine.classify_ids(&model, rows.into_iter().map(row).collect()).await,
+    }?;
     let labels = model.classifier.labels();
     let data: Vec<Value> = answers
         .logits

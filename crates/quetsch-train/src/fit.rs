@@ -13,6 +13,7 @@ use crate::tape::Dropout;
 use quetsch::Error;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::rng::{Rng, key};
+use quetsch_kernels::panels::Precision;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
@@ -47,6 +48,8 @@ pub struct FitSettings {
     pub seed: u64,
     /// Threads; the bytes of the result depend on their number.
     pub threads: usize,
+    /// What the products of linear layers are computed in; weights, sums and everything else are f32.
+    pub precision: Precision,
 }
 
 /// Why the caller stops a run.
@@ -201,6 +204,7 @@ fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSetti
     if let Some(w) = weights.iter().find(|w| !(w.is_finite() && **w > 0.0)) {
         return bad(format!("a class weight is {w}, expected a number above 0"));
     }
+    objective.features().map_or(Ok(()), |f| f.check(&start.spec, set))?;
     objective.soft().map_or(Ok(()), |soft| check_soft(&soft, set.labels.len(), labels))
 }
 
@@ -212,6 +216,9 @@ fn check_soft(soft: &Soft, sentences: usize, labels: usize) -> Result<(), Error>
     }
     if !(temperature.is_finite() && temperature > 0.0) {
         return bad(format!("temperature is {temperature}, expected a number above 0"));
+    }
+    if !(soft.logits_weight.is_finite() && soft.logits_weight >= 0.0) {
+        return bad(format!("the weight of the logits' distance is {}, expected 0 or more", soft.logits_weight));
     }
     if soft.logits.len() != sentences * labels {
         return bad(format!(
@@ -240,7 +247,10 @@ pub fn fit(
 ) -> Result<Fitted, FitError> {
     check(start, set, objective, settings)?;
     let s = settings;
-    let mut params = Params::new(start, &s.freeze);
+    let mut params = Params::with(start, &s.freeze, s.precision, s.threads);
+    for (i, shape) in objective.features().map(|f| f.projections(&start.spec)).unwrap_or_default() {
+        params.add_projection(i, shape, s.seed);
+    }
     let mut adamw = AdamW::new(&params);
     let lengths: Vec<usize> = set.encodings.iter().map(|e| e.ids.len()).collect();
     let per_step = s.batch_size * s.accumulate;
@@ -253,9 +263,11 @@ pub fn fit(
     {
         return match stop {
             Stop::Interrupted => Err(FitError::Interrupted { step: adamw.step, steps }),
-            Stop::Enough => {
-                Ok(Fitted { checkpoint: params.to_checkpoint(start)?, steps: adamw.step, last: Losses::default() })
-            }
+            Stop::Enough => Ok(Fitted {
+                checkpoint: adamw.checkpoint(&params, start)?,
+                steps: adamw.step,
+                last: Losses::default(),
+            }),
         };
     }
     let mut workers = Worker::team(&params, s.threads);
@@ -266,6 +278,7 @@ pub fn fit(
         let (mut mean, mut counted) = (Losses::default(), 0usize);
         for examples in batches(&lengths, per_step, s.seed, epoch).iter().skip(done) {
             let step = adamw.step;
+            adamw.catch_up(&mut params, examples.iter().flat_map(|e| &set.encodings[*e].ids));
             let task = Task {
                 params: &params,
                 set: *set,
@@ -312,7 +325,7 @@ pub fn fit(
                 return Err(FitError::Interrupted { step: adamw.step, steps });
             }
         }
-        let checkpoint = params.to_checkpoint(start)?;
+        let checkpoint = adamw.checkpoint(&params, start)?;
         let mean = mean.scaled(1.0 / counted.max(1) as f64);
         // The caller first: killed in between, the end of the epoch comes again, and nothing it keeps is missed.
         let heard = on(Event::Epoch { epoch: epoch + 1, epochs: s.epochs, checkpoint: &checkpoint, mean });
@@ -327,7 +340,7 @@ pub fn fit(
             }
         }
     }
-    Ok(Fitted { checkpoint: params.to_checkpoint(start)?, steps, last })
+    Ok(Fitted { checkpoint: adamw.checkpoint(&params, start)?, steps, last })
 }
 
 #[cfg(test)]

@@ -3,7 +3,9 @@
 //! Fine-tuning, distillation and recovery after pruning differ in the [`Objective`], never in the loop ([`fit()`]).
 //! Read [`tape`] first: each op's backward stands beside its forward.
 
+pub mod features;
 pub mod fit;
+mod layer_map;
 pub mod loss;
 pub mod optim;
 pub mod params;
@@ -12,9 +14,12 @@ pub mod scores;
 pub mod state;
 pub mod step;
 pub mod tape;
+mod threads;
 
+pub use features::{Features, LayerMap};
 pub use fit::{Event, FitError, FitSettings, Fitted, Stop, TrainSet, fit};
-pub use loss::{ClassWeights, Hard, Losses, Objective, Soft};
+pub use loss::{ClassWeights, Hard, Losses, Measure, Objective, Soft};
+pub use quetsch_kernels::panels::Precision;
 pub use schedule::Schedule;
 pub use scores::{ffn_scores, head_scores};
 pub use state::State;

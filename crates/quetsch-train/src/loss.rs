@@ -3,8 +3,10 @@
 //! Distillation (Hinton, Vinyals & Dean 2015) as the reference recipe writes it:
 //! `alpha * CE(s, y) + (1 - alpha) * T^2 * KL(softmax(t / T) || softmax(s / T))`, the KL a mean over the sentences
 //! (`reduction="batchmean"`), the CE PyTorch's weighted mean: with class weights w and label smoothing e
-//! `sum_i (1 - e) w[y_i] nll(i, y_i) + e / C * sum_c w[c] nll(i, c)`, divided by `sum_i w[y_i]`.
+//! `sum_i (1 - e) w[y_i] nll(i, y_i) + e / C * sum_c w[c] nll(i, c)`, divided by `sum_i w[y_i]`. Beside them, with a weight of
+//! its own: a distance of the logits (Ba & Caruana 2014), and what happens inside ([`crate::features`]).
 
+use crate::features::Features;
 use quetsch_kernels::math::softmax;
 
 /// Cross-entropy with the labels.
@@ -16,8 +18,50 @@ pub struct Hard<'a> {
     pub class_weights: &'a [f32],
 }
 
+/// How far two rows lie apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Measure {
+    /// Mean of the squared differences.
+    #[default]
+    Mse,
+    /// Mean of the absolute differences.
+    L1,
+    /// 1 - cosine of the angle between them (Sanh et al. 2019); 1 if one of them is 0.
+    Cosine,
+}
+
+impl Measure {
+    /// The distance; `scale` times its gradient by `row` is added to `d`.
+    pub fn add(self, row: &[f32], target: &[f32], scale: f32, d: &mut [f32]) -> f64 {
+        let pairs = || row.iter().zip(target);
+        let share = scale / row.len() as f32;
+        match self {
+            Measure::Mse => {
+                d.iter_mut().zip(pairs()).for_each(|(d, (a, b))| *d += 2.0 * share * (a - b));
+                pairs().map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / row.len() as f64
+            }
+            Measure::L1 => {
+                let sign = |x: f32| if x == 0.0 { 0.0 } else { x.signum() };
+                d.iter_mut().zip(pairs()).for_each(|(d, (a, b))| *d += share * sign(a - b));
+                pairs().map(|(a, b)| f64::from((a - b).abs())).sum::<f64>() / row.len() as f64
+            }
+            Measure::Cosine => {
+                let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+                let (square, norms) = (dot(row, row), (dot(row, row) * dot(target, target)).sqrt());
+                if norms == 0.0 {
+                    return 1.0;
+                }
+                let cosine = dot(row, target) / norms;
+                let (by_target, by_row) = ((1.0 / norms) as f32, (cosine / square) as f32);
+                d.iter_mut().zip(pairs()).for_each(|(d, (a, b))| *d -= scale * (by_target * b - by_row * a));
+                1.0 - cosine
+            }
+        }
+    }
+}
+
 /// The teacher's part.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Default)]
 pub struct Soft<'a> {
     /// Weight of the cross-entropy; the KL has 1 - alpha.
     pub alpha: f32,
@@ -25,10 +69,16 @@ pub struct Soft<'a> {
     pub temperature: f32,
     /// `[examples, labels]`, by example.
     pub logits: &'a [f32],
+    /// Weight of the distance of the logits, beside the two.
+    pub logits_weight: f32,
+    /// That distance.
+    pub logits_loss: Measure,
+    /// What happens inside.
+    pub features: Option<Features<'a>>,
 }
 
 /// What is minimised.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub enum Objective<'a> {
     /// Cross-entropy with the labels.
     CrossEntropy(Hard<'a>),
@@ -49,6 +99,19 @@ impl<'a> Objective<'a> {
         match *self {
             Objective::CrossEntropy(_) => None,
             Objective::Distill(_, soft) => Some(soft),
+        }
+    }
+
+    /// The inner part.
+    pub fn features(&self) -> Option<Features<'a>> {
+        self.soft().and_then(|s| s.features)
+    }
+
+    /// Without the inner part.
+    pub fn on_logits(self) -> Objective<'a> {
+        match self {
+            Objective::Distill(hard, soft) => Objective::Distill(hard, Soft { features: None, ..soft }),
+            other => other,
         }
     }
 }
@@ -89,15 +152,18 @@ pub struct Shares {
     hard: f32,
     /// 1 / sentences.
     soft: f32,
+    /// 1 / tokens.
+    pub(crate) token: f32,
 }
 
 impl Shares {
-    /// Of a step with these labels.
-    pub fn of(objective: &Objective, labels: impl ExactSizeIterator<Item = u32>) -> Shares {
+    /// Of a step with these labels and so many tokens.
+    pub fn of(objective: &Objective, labels: impl ExactSizeIterator<Item = u32>, tokens: usize) -> Shares {
+        let token = 1.0 / tokens.max(1) as f32;
         let soft = 1.0 / labels.len().max(1) as f32;
         match objective.hard().class_weights {
-            [] => Shares { hard: soft, soft },
-            w => Shares { hard: (1.0 / labels.map(|l| f64::from(w[l as usize])).sum::<f64>()) as f32, soft },
+            [] => Shares { hard: soft, soft, token },
+            w => Shares { hard: (1.0 / labels.map(|l| f64::from(w[l as usize])).sum::<f64>()) as f32, soft, token },
         }
     }
 }
@@ -111,6 +177,16 @@ pub struct Losses {
     pub ce: f64,
     /// T^2 * KL; 0 without a teacher.
     pub kl: f64,
+    /// Distance of the logits; 0, as the following, where it is no part.
+    pub logits: f64,
+    /// Distance of hidden states.
+    pub hidden: f64,
+    /// Distance of embeddings.
+    pub embeddings: f64,
+    /// KL of attention maps.
+    pub attention: f64,
+    /// KL of relations.
+    pub relations: f64,
 }
 
 impl std::ops::AddAssign for Losses {
@@ -118,13 +194,39 @@ impl std::ops::AddAssign for Losses {
         self.total += o.total;
         self.ce += o.ce;
         self.kl += o.kl;
+        self.logits += o.logits;
+        self.hidden += o.hidden;
+        self.embeddings += o.embeddings;
+        self.attention += o.attention;
+        self.relations += o.relations;
     }
 }
 
 impl Losses {
     /// Every part multiplied.
     pub fn scaled(self, by: f64) -> Losses {
-        Losses { total: self.total * by, ce: self.ce * by, kl: self.kl * by }
+        Losses {
+            total: self.total * by,
+            ce: self.ce * by,
+            kl: self.kl * by,
+            logits: self.logits * by,
+            hidden: self.hidden * by,
+            embeddings: self.embeddings * by,
+            attention: self.attention * by,
+            relations: self.relations * by,
+        }
+    }
+
+    /// The parts beside the cross-entropy, by name.
+    pub fn parts(&self) -> [(&'static str, f64); 6] {
+        [
+            ("kl", self.kl),
+            ("logits", self.logits),
+            ("hidden", self.hidden),
+            ("embeddings", self.embeddings),
+            ("attention", self.attention),
+            ("relations", self.relations),
+        ]
     }
 }
 
@@ -159,12 +261,17 @@ pub fn losses(
     for (i, (row, d)) in logits.chunks_exact(classes).zip(dlogits.chunks_exact_mut(classes)).enumerate() {
         let ce =
             f64::from(shares.hard) * cross_entropy(row, labels[i] as usize, hard, shares.hard * hard_weight, d);
-        sum += Losses { total: f64::from(hard_weight) * ce, ce, kl: 0.0 };
+        sum += Losses { total: f64::from(hard_weight) * ce, ce, ..Losses::default() };
         if let Some(soft) = soft {
             let teacher = &soft.logits[examples[i] * classes..][..classes];
             let weight = 1.0 - soft.alpha;
             let kl = f64::from(shares.soft) * divergence(row, teacher, soft.temperature, shares.soft * weight, d);
-            sum += Losses { total: f64::from(weight) * kl, ce: 0.0, kl };
+            sum += Losses { total: f64::from(weight) * kl, kl, ..Losses::default() };
+            if soft.logits_weight > 0.0 {
+                let (share, weight) = (shares.soft, soft.logits_weight);
+                let far = f64::from(share) * soft.logits_loss.add(row, teacher, share * weight, d);
+                sum += Losses { total: f64::from(weight) * far, logits: far, ..Losses::default() };
+            }
         }
     }
     sum

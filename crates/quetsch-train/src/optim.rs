@@ -1,10 +1,14 @@
 //! AdamW over all parameters, in two parallel passes over fixed pieces: gradients summed and measured, then the update.
 //!
 //! Decay is decoupled (Loshchilov & Hutter 2019) and is not applied to biases and LayerNorms. Rows of the word table
-//! that a batch does not touch have gradient 0 and are updated like everything else, exactly as dense AdamW does.
+//! that a batch does not touch have gradient 0; dense AdamW moves them all the same. They take those steps when they are
+//! next read, see [`AdamW::catch_up`].
 
 use crate::params::{Grads, Params};
 use crate::step::Worker;
+use crate::threads::parallel;
+use quetsch::Result;
+use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::spec::{Lin, Role, Tensor, TensorDef};
 use quetsch_kernels::{math, optim};
 
@@ -13,7 +17,7 @@ use quetsch_kernels::{math, optim};
 pub struct Rates {
     /// Learning rate of the body, at this step.
     pub body: f32,
-    /// Learning rate of the head (its hidden layer and the classifier), at this step.
+    /// Learning rate of the head (its hidden layer and the classifier) and of projections, at this step.
     pub head: f32,
     /// Decoupled weight decay of matrices and tables.
     pub decay: f32,
@@ -29,6 +33,10 @@ pub struct AdamW {
     pub m: Vec<Vec<f32>>,
     /// Second moments.
     pub v: Vec<Vec<f32>>,
+    /// By row of the word table: the step up to which it is updated; empty where it is not trained.
+    pub(crate) updated: Vec<u32>,
+    /// Rate and decay of every step so far.
+    pub(crate) history: Vec<[f32; 2]>,
 }
 
 const BETA1: f32 = 0.9;
@@ -38,29 +46,11 @@ const EPS: f32 = 1e-8;
 const PIECE: usize = 1 << 18;
 
 fn is_head(d: &TensorDef) -> bool {
-    matches!(d.tensor, Tensor::W(Lin::HeadDense | Lin::Classifier) | Tensor::B(Lin::HeadDense | Lin::Classifier))
-}
-
-/// Runs `f` on every item on `threads` threads; items are dealt in turn, so results do not depend on timing.
-fn parallel<T: Send, R: Send>(items: Vec<T>, threads: usize, f: impl Fn(T) -> R + Sync) -> Vec<R> {
-    if threads <= 1 {
-        return items.into_iter().map(f).collect();
+    match d.tensor {
+        Tensor::W(s) | Tensor::B(s) => matches!(s, Lin::HeadDense | Lin::Classifier),
+        Tensor::Projection(_) => true,
+        _ => false,
     }
-    let count = items.len();
-    let mut hands: Vec<Vec<(usize, T)>> = (0..threads).map(|_| vec![]).collect();
-    items.into_iter().enumerate().for_each(|(i, t)| hands[i % threads].push((i, t)));
-    let mut results: Vec<Option<R>> = (0..count).map(|_| None).collect();
-    std::thread::scope(|s| {
-        let f = &f;
-        let run =
-            |hand: Vec<(usize, T)>| s.spawn(move || hand.into_iter().map(|(i, t)| (i, f(t))).collect::<Vec<_>>());
-        for h in hands.into_iter().map(run).collect::<Vec<_>>() {
-            for (i, r) in h.join().expect("an optimiser thread never panics") {
-                results[i] = Some(r);
-            }
-        }
-    });
-    results.into_iter().flatten().collect()
 }
 
 impl AdamW {
@@ -69,7 +59,44 @@ impl AdamW {
         let zeros = || -> Vec<Vec<f32>> {
             p.data.iter().zip(&p.trained).map(|(d, t)| vec![0.0; if *t { d.len() } else { 0 }]).collect()
         };
-        AdamW { step: 0, m: zeros(), v: zeros() }
+        let rows = if p.trained[p.id(Tensor::Word)] { p.spec.vocab } else { 0 };
+        AdamW { step: 0, m: zeros(), v: zeros(), updated: vec![0; rows], history: vec![] }
+    }
+
+    /// Brings the rows of the word table that a batch reads up to the present step.
+    pub fn catch_up<'a>(&mut self, p: &mut Params, ids: impl Iterator<Item = &'a u32>) {
+        if self.updated.is_empty() {
+            return;
+        }
+        let (word, width) = (p.id(Tensor::Word), p.spec.embedding());
+        let idle = Idle::new(&self.history);
+        for id in ids.map(|id| *id as usize) {
+            if (self.updated[id] as usize) < self.step {
+                let row = id * width..(id + 1) * width;
+                let [w, m, v] = [&mut p.data[word], &mut self.m[word], &mut self.v[word]];
+                idle.run(self.updated[id], &mut w[row.clone()], &mut m[row.clone()], &mut v[row]);
+                self.updated[id] = self.step as u32;
+            }
+        }
+    }
+
+    /// `like` with the weights as they are after the last step.
+    ///
+    /// # Errors
+    /// Never for the checkpoint these parameters came from.
+    pub fn checkpoint(&self, p: &Params, like: &Checkpoint) -> Result<Checkpoint> {
+        let mut checkpoint = p.to_checkpoint(like)?;
+        if self.updated.iter().any(|u| (*u as usize) < self.step) {
+            let (word, width) = (p.id(Tensor::Word), p.spec.embedding());
+            let [mut w, mut m, mut v] = [&p.data[word], &self.m[word], &self.v[word]].map(Clone::clone);
+            let idle = Idle::new(&self.history);
+            let rows = w.chunks_mut(width).zip(m.chunks_mut(width)).zip(v.chunks_mut(width));
+            for (((w, m), v), updated) in rows.zip(&self.updated) {
+                idle.run(*updated, w, m, v);
+            }
+            checkpoint.set(Tensor::Word, Stored::f32(w));
+        }
+        Ok(checkpoint)
     }
 
     /// Sums the workers' gradients into the first one's, clips, updates and clears. Returns the gradient's global norm
@@ -82,6 +109,7 @@ impl AdamW {
         let norm = sum_and_measure(grads, rest, threads);
         if norm.is_finite() {
             self.apply(p, grads, norm, rates, threads);
+            p.repack(threads);
         }
         workers.iter_mut().for_each(|w| w.grads.clear());
         norm
@@ -89,7 +117,8 @@ impl AdamW {
 
     fn apply(&mut self, p: &mut Params, grads: &Grads, norm: f64, rates: Rates, threads: usize) {
         self.step += 1;
-        let t = self.step as i32;
+        self.history.push([rates.body, rates.decay]);
+        let (correction1, correction2) = corrections(self.step);
         let scale = match rates.clip > 0.0 && norm > f64::from(rates.clip) {
             true => f64::from(rates.clip) / (norm + 1e-6),
             false => 1.0,
@@ -100,44 +129,107 @@ impl AdamW {
             beta1: BETA1,
             beta2: BETA2,
             eps: EPS,
-            correction1: (1.0 - f64::from(BETA1).powi(t)) as f32,
-            correction2: (1.0 - f64::from(BETA2).powi(t)) as f32,
+            correction1,
+            correction2,
             scale: scale as f32,
         };
-        let (word, hidden) = (p.id(Tensor::Word), p.spec.embedding());
+        let setting = |def: &TensorDef| optim::AdamW {
+            rate: if is_head(def) { rates.head } else { rates.body },
+            decay: if matches!(def.role, Role::Weight | Role::Embedding) { rates.decay } else { 0.0 },
+            ..common
+        };
+        let (word, width) = (p.id(Tensor::Word), p.spec.embedding());
+        let (w, m, v) = (&mut p.data[word], &mut self.m[word], &mut self.v[word]);
+        for (id, g) in grads.word.rows.iter().zip(grads.word.data.chunks_exact(width)) {
+            let (id, row) = (*id as usize, *id as usize * width..(*id as usize + 1) * width);
+            debug_assert_eq!(self.updated[id] as usize + 1, self.step, "a row is up to date before it is read");
+            optim::adamw(&mut w[row.clone()], g, &mut m[row.clone()], &mut v[row], setting(&p.table[word]));
+            self.updated[id] = self.step as u32;
+        }
         let mut pieces = vec![];
         let tensors = p.data.iter_mut().zip(&mut self.m).zip(&mut self.v).enumerate();
-        for (i, ((w, m), v)) in tensors.filter(|(i, _)| p.trained[*i]) {
-            let def = &p.table[i];
-            let decay = if matches!(def.role, Role::Weight | Role::Embedding) { rates.decay } else { 0.0 };
-            let setting =
-                optim::AdamW { rate: if is_head(def) { rates.head } else { rates.body }, decay, ..common };
-            let size = if i == word { (PIECE / hidden).max(1) * hidden } else { PIECE };
-            let parts = w.chunks_mut(size).zip(m.chunks_mut(size)).zip(v.chunks_mut(size)).enumerate();
-            pieces.extend(parts.map(|(c, ((w, m), v))| (i, c * size, w, m, v, setting)));
+        for (i, ((w, m), v)) in tensors.filter(|(i, _)| p.trained[*i] && *i != word) {
+            let setting = setting(&p.table[i]);
+            let parts = w.chunks_mut(PIECE).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE)).enumerate();
+            pieces.extend(parts.map(|(c, ((w, m), v))| (i, c * PIECE, w, m, v, setting)));
         }
-        let zeros = vec![0.0; hidden];
         parallel(pieces, threads, |(i, start, w, m, v, setting)| {
-            if i != word {
-                optim::adamw(w, &grads.dense[i][start..start + w.len()], m, v, setting);
-                return;
-            }
-            let rows = w.chunks_mut(hidden).zip(m.chunks_mut(hidden)).zip(v.chunks_mut(hidden));
-            for (r, ((w, m), v)) in rows.enumerate() {
-                optim::adamw(w, grads.word.row(start / hidden + r).unwrap_or(&zeros), m, v, setting);
-            }
+            optim::adamw(w, &grads.dense[i][start..start + w.len()], m, v, setting);
         });
     }
+}
+
+/// The steps that rows without a gradient take later, all at once.
+///
+/// With g = 0 a step of AdamW is m <- beta1 m, v <- beta2 v, w <- (1 - rate decay) w - rate m_hat / (sqrt(v_hat) + eps):
+/// it depends on the row and on the step's constants alone. So a row may wait until it is read, and then take the
+/// same steps in the same order, in registers, with the same bits. Two shortcuts, exact to the rounding of f32:
+/// a row that never had a gradient has m = v = 0, and its steps are one product of the (1 - rate decay). And
+/// |m_hat| / sqrt(v_hat) shrinks by beta1 / sqrt(beta2) = 0.9005 a step: after [`LONG`] steps what m still moves w
+/// by is below 1e-10 rates in all, and only the decay is left.
+struct Idle {
+    steps: Vec<optim::Idle>,
+    /// `products[t]`: of the (1 - rate decay) of the first t steps.
+    products: Vec<f64>,
+}
+
+/// Steps without a gradient after which the first moment no longer moves the weight.
+const LONG: usize = 256;
+
+impl Idle {
+    fn new(history: &[[f32; 2]]) -> Idle {
+        let mut products = vec![1.0];
+        let steps = history.iter().enumerate().map(|(i, [rate, decay])| {
+            let (correction1, correction2) = corrections(i + 1);
+            let shrink = 1.0 - rate * decay;
+            products.push(products[i] * f64::from(shrink));
+            optim::Idle { shrink, step: rate / correction1, root: 1.0 / correction2.sqrt() }
+        });
+        Idle { steps: steps.collect(), products }
+    }
+
+    fn run(&self, updated: u32, w: &mut [f32], m: &mut [f32], v: &mut [f32]) {
+        let (from, to) = (updated as usize, self.steps.len());
+        let near = if from == 0 { 0 } else { to.min(from + LONG) };
+        if near > from {
+            optim::adamw_idle(w, m, v, &self.steps[from..near], BETA1, BETA2, EPS);
+        }
+        let from = near.max(from);
+        if from < to {
+            let product = (self.products[to] / self.products[from]) as f32;
+            let (decay1, decay2) = (BETA1.powi((to - from) as i32), BETA2.powi((to - from) as i32));
+            w.iter_mut().for_each(|w| *w *= product);
+            m.iter_mut().for_each(|m| *m *= decay1);
+            v.iter_mut().for_each(|v| *v *= decay2);
+        }
+    }
+}
+
+/// 1 - beta^step of both moments.
+fn corrections(step: usize) -> (f32, f32) {
+    let of = |beta: f32| (1.0 - f64::from(beta).powi(step as i32)) as f32;
+    (of(BETA1), of(BETA2))
 }
 
 /// Adds the other workers' dense gradients to `grads`, in order; the global norm.
 fn sum_and_measure(grads: &mut Grads, rest: &[Worker], threads: usize) -> f64 {
     let mut pieces = vec![];
-    for (i, g) in grads.dense.iter_mut().enumerate() {
-        pieces.extend(g.chunks_mut(PIECE).enumerate().map(|(c, g)| (i, c * PIECE, g)));
+    for (i, (g, fresh)) in grads.dense.iter_mut().zip(&mut grads.fresh).enumerate() {
+        let fresh = std::mem::take(fresh);
+        pieces.extend(g.chunks_mut(PIECE).enumerate().map(|(c, g)| (i, c * PIECE, g, fresh)));
     }
-    let squares = parallel(pieces, threads, |(i, start, g)| {
-        rest.iter().for_each(|w| math::add(g, &w.grads.dense[i][start..start + g.len()]));
+    let squares = parallel(pieces, threads, |(i, start, g, mut fresh)| {
+        for other in rest.iter().map(|w| &w.grads).filter(|g| !g.fresh[i]) {
+            let other = &other.dense[i][start..start + g.len()];
+            match fresh {
+                true => g.copy_from_slice(other),
+                false => math::add(g, other),
+            }
+            fresh = false;
+        }
+        if fresh {
+            g.fill(0.0);
+        }
         math::sum_of_squares(g)
     });
     (squares.iter().sum::<f64>() + math::sum_of_squares(&grads.word.data)).sqrt()

@@ -1,8 +1,12 @@
 //! f32 master weights, and gradients beside them.
 
+use crate::threads::parallel;
 use quetsch::Result;
 use quetsch::checkpoint::{Checkpoint, Stored};
-use quetsch::spec::{Lin, ModelSpec, Tensor, TensorDef};
+use quetsch::rng::{Rng, key};
+use quetsch::spec::{Lin, ModelSpec, Role, Tensor, TensorDef};
+use quetsch_kernels::gemm::Write;
+use quetsch_kernels::panels::{Precision, pack_panels, pack_panels_across};
 use std::collections::HashMap;
 
 /// The weights being trained: one f32 vector per row of the table of tensors.
@@ -16,20 +20,138 @@ pub struct Params {
     pub data: Vec<Vec<f32>>,
     /// Which rows are trained: not frozen and not unused.
     pub trained: Vec<bool>,
+    /// What the products of linear layers are computed in.
+    pub precision: Precision,
     index: HashMap<Tensor, usize>,
+    packs: HashMap<Lin, Pack>,
+}
+
+/// A linear layer's weights as the products read them; q, k and v of a layer lie side by side.
+#[derive(Clone)]
+pub struct Pack {
+    /// The matrices, top to bottom.
+    pub parts: Vec<Part>,
+    /// Rows of all parts.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+    /// Biases of all parts.
+    pub bias: Vec<f32>,
+    /// W^T `[k, n]`: right operand of the forward.
+    pub forward: Vec<u32>,
+    /// W `[n, k]`: right operand of the input's gradient.
+    pub backward: Vec<u32>,
+}
+
+/// One matrix of a [`Pack`]: rows of the table of W and b, and the rows of the matrix.
+#[derive(Clone)]
+pub struct Part {
+    /// Row of the table.
+    pub w: usize,
+    /// Row of the table.
+    pub b: usize,
+    /// Rows of the matrix.
+    pub rows: usize,
+}
+
+impl Pack {
+    fn new(p: Precision, table: &[TensorDef], index: &HashMap<Tensor, usize>, sites: &[Lin]) -> Pack {
+        let part = |s: &Lin| {
+            let (w, b) = (index[&Tensor::W(*s)], index[&Tensor::B(*s)]);
+            Part { w, b, rows: table[b].len() }
+        };
+        let parts: Vec<Part> = sites.iter().map(part).collect();
+        let (n, k) = (parts.iter().map(|p| p.rows).sum(), table[parts[0].w].shape[1]);
+        let (forward, backward) = (vec![0; p.panels_len(k, n)], vec![0; p.panels_len(n, k)]);
+        Pack { parts, n, k, bias: vec![], forward, backward }
+    }
+
+    /// Row `r` of all parts.
+    fn row<'a>(parts: &[Part], data: &'a [Vec<f32>], k: usize, mut r: usize) -> &'a [f32] {
+        for p in parts {
+            if r < p.rows {
+                return &data[p.w][r * k..(r + 1) * k];
+            }
+            r -= p.rows;
+        }
+        &[]
+    }
 }
 
 impl Params {
-    /// The weights of a checkpoint; tensors whose name contains one of `freeze` stay as they are.
+    /// The weights of a checkpoint, for training in f32; tensors whose name contains one of `freeze` stay as they are.
     pub fn new(ck: &Checkpoint, freeze: &[String]) -> Params {
+        Params::with(ck, freeze, Precision::F32, 1)
+    }
+
+    /// The weights of a checkpoint; tensors whose name contains one of `freeze` stay as they are.
+    pub fn with(ck: &Checkpoint, freeze: &[String], precision: Precision, threads: usize) -> Params {
         let table = ck.spec.tensors();
         let unused =
             |d: &TensorDef| matches!(d.tensor, Tensor::W(Lin::UnusedPooler) | Tensor::B(Lin::UnusedPooler));
         let trained =
             table.iter().map(|d| !unused(d) && !freeze.iter().any(|f| d.name.contains(f.as_str()))).collect();
-        let index = table.iter().enumerate().map(|(i, d)| (d.tensor, i)).collect();
+        let index: HashMap<Tensor, usize> = table.iter().enumerate().map(|(i, d)| (d.tensor, i)).collect();
         let data = table.iter().map(|d| ck.values(d.tensor).into_owned()).collect();
-        Params { spec: ck.spec.clone(), table, data, trained, index }
+        let pack = |d: &TensorDef| match d.tensor {
+            Tensor::W(Lin::Key(_) | Lin::Value(_) | Lin::UnusedPooler) => None,
+            Tensor::W(q @ Lin::Query(l)) => {
+                Some((q, Pack::new(precision, &table, &index, &[q, Lin::Key(l), Lin::Value(l)])))
+            }
+            Tensor::W(s) => Some((s, Pack::new(precision, &table, &index, &[s]))),
+            _ => None,
+        };
+        let packs = table.iter().filter_map(pack).collect();
+        let mut p = Params { spec: ck.spec.clone(), table, data, trained, precision, index, packs };
+        p.pack(threads, |_| true);
+        p
+    }
+
+    /// What the products read of a linear layer; of [`Lin::Query`] it is q, k and v.
+    pub fn linear(&self, site: Lin) -> &Pack {
+        &self.packs[&site]
+    }
+
+    /// Brings what the products read up to date after `data` changed.
+    pub fn repack(&mut self, threads: usize) {
+        let trained = std::mem::take(&mut self.trained);
+        self.pack(threads, |part| trained[part.w] || trained[part.b]);
+        self.trained = trained;
+    }
+
+    fn pack(&mut self, threads: usize, wanted: impl Fn(&Part) -> bool) {
+        let (data, precision) = (&self.data, self.precision);
+        let mut packs: Vec<(&Lin, &mut Pack)> = self.packs.iter_mut().collect();
+        packs.retain(|(_, pack)| pack.parts.iter().any(&wanted));
+        // Neighbours of the same size go to different threads.
+        packs.sort_by_key(|(site, pack)| (pack.n * pack.k, **site));
+        let mut jobs = vec![];
+        for (_, pack) in packs {
+            let Pack { parts, n, k, bias, forward, backward } = pack;
+            bias.clear();
+            parts.iter().for_each(|p| bias.extend_from_slice(&data[p.b]));
+            let (parts, n, k) = (&*parts, *n, *k);
+            jobs.push((parts, n, k, true, forward));
+            jobs.push((parts, n, k, false, backward));
+        }
+        parallel(jobs, threads, |(parts, n, k, is_forward, out)| {
+            let row = |r| Pack::row(parts, data, k, r);
+            match is_forward {
+                true => pack_panels_across(precision, row, k, n, out),
+                false => pack_panels(precision, row, n, k, out),
+            }
+        });
+    }
+
+    /// Adds a projection `[to, from]`, random: it keeps the scale of what it maps.
+    pub fn add_projection(&mut self, i: usize, (to, from): (usize, usize), seed: u64) {
+        let tensor = Tensor::Projection(i);
+        let mut rng = Rng::new(key(&[seed, 0x9407, i as u64]));
+        self.index.insert(tensor, self.table.len());
+        let name = self.spec.name(tensor);
+        self.table.push(TensorDef { tensor, name, shape: vec![to, from], role: Role::Weight });
+        self.data.push((0..to * from).map(|_| rng.normal() / (from as f32).sqrt()).collect());
+        self.trained.push(true);
     }
 
     /// Row of the table.
@@ -65,6 +187,10 @@ impl Params {
 pub struct Grads {
     /// By row of the table; empty where nothing is trained, and for the word table.
     pub dense: Vec<Vec<f32>>,
+    /// The linears' weights in `dense`.
+    matrices: Vec<usize>,
+    /// Which of `dense` hold nothing yet: what they contain is of an earlier step and counts as zeros.
+    pub fresh: Vec<bool>,
     /// The word table's.
     pub word: SparseRows,
 }
@@ -77,14 +203,23 @@ impl Grads {
         let rows = if p.trained[word] { p.spec.vocab } else { 0 };
         Grads {
             dense: p.table.iter().enumerate().map(dense).collect(),
+            fresh: vec![false; p.table.len()],
+            matrices: p.packs.values().flat_map(|pack| pack.parts.iter().map(|part| part.w)).collect(),
             word: SparseRows::new(rows, p.spec.embedding()),
         }
     }
 
-    /// Back to zeros.
+    /// Back to zeros. Weights of linears, which are most of the bytes, are marked: their next gradient overwrites them.
     pub fn clear(&mut self) {
-        self.dense.iter_mut().for_each(|g| g.fill(0.0));
+        self.matrices.iter().for_each(|i| self.fresh[*i] = true);
+        let small = self.dense.iter_mut().zip(&self.fresh).filter(|(_, fresh)| !**fresh);
+        small.for_each(|(g, _)| g.fill(0.0));
         self.word.clear();
+    }
+
+    /// How the next gradient of a linear's weights is written.
+    pub(crate) fn write(&mut self, i: usize) -> Write {
+        if std::mem::take(&mut self.fresh[i]) { Write::Set } else { Write::Add }
     }
 }
 

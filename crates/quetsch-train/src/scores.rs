@@ -63,7 +63,8 @@ fn mask_scores(
     let task = Task {
         params: &params,
         set: *set,
-        objective: *objective,
+        // A mask is judged by what it does to the answers.
+        objective: objective.on_logits(),
         dropout: Dropout::default(),
         seed: 0,
         masks: Some(&masks),

@@ -26,7 +26,9 @@ pub struct State<'a> {
     pub key: String,
 }
 
-const FORMAT: &str = "quetsch-training-state-1";
+const FORMAT: &str = "quetsch-training-state-2";
+const UPDATED: &str = "word.updated";
+const HISTORY: &str = "history";
 const FILE: &str = "state.safetensors";
 
 struct Floats<'a> {
@@ -58,6 +60,11 @@ impl State<'_> {
             for (kind, data) in [("w", &p.data[i]), ("m", &adamw.m[i]), ("v", &adamw.v[i])] {
                 tensors.push((format!("{kind}.{}", d.name), Floats { data, shape: [data.len()] }));
             }
+        }
+        // Rows of the word table wait for their steps: how long each has, and which those were.
+        let updated: Vec<f32> = adamw.updated.iter().map(|u| *u as f32).collect();
+        for (name, data) in [(UPDATED, &updated[..]), (HISTORY, adamw.history.as_flattened())] {
+            tensors.push((name.to_string(), Floats { data, shape: [data.len()] }));
         }
         let meta = HashMap::from([
             ("format".to_string(), FORMAT.to_string()),
@@ -93,19 +100,31 @@ impl State<'_> {
         if meta.get("key") != Some(&self.key) {
             return Err(bad("belongs to a run with other inputs or settings".into()));
         }
-        let step = meta.get("step").and_then(|s| s.parse().ok()).ok_or_else(|| bad("has no step".into()))?;
+        let step: usize = meta.get("step").and_then(|s| s.parse().ok()).ok_or_else(|| bad("has no step".into()))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
+        let read = |name: &str, data: &mut [f32]| {
+            let t = tensors.tensor(name).map_err(|e| bad(format!("{name}: {e}")))?;
+            if t.dtype() != Dtype::F32 || t.data().len() != data.len() * 4 {
+                return Err(bad(format!("{name}: expected {} floats, found {:?}", data.len(), t.shape())));
+            }
+            let values = t.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+            data.iter_mut().zip(values).for_each(|(d, v)| *d = v);
+            Ok(())
+        };
         for (i, d) in p.table.iter().enumerate().filter(|(i, _)| p.trained[*i]) {
             for (kind, data) in [("w", &mut p.data[i]), ("m", &mut adamw.m[i]), ("v", &mut adamw.v[i])] {
-                let name = format!("{kind}.{}", d.name);
-                let t = tensors.tensor(&name).map_err(|e| bad(format!("{name}: {e}")))?;
-                if t.dtype() != Dtype::F32 || t.data().len() != data.len() * 4 {
-                    return Err(bad(format!("{name}: expected {} floats, found {:?}", data.len(), t.shape())));
-                }
-                let values = t.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-                data.iter_mut().zip(values).for_each(|(d, v)| *d = v);
+                read(&format!("{kind}.{}", d.name), data)?;
             }
         }
+        let mut updated = vec![0.0; adamw.updated.len()];
+        read(UPDATED, &mut updated)?;
+        if updated.iter().any(|u| !(0.0..=step as f32).contains(u)) {
+            return Err(bad(format!("{UPDATED}: a row is ahead of step {step}")));
+        }
+        adamw.updated = updated.iter().map(|u| *u as u32).collect();
+        adamw.history = vec![[0.0; 2]; step];
+        read(HISTORY, adamw.history.as_flattened_mut())?;
+        p.repack(1);
         adamw.step = step;
         Ok(true)
     }

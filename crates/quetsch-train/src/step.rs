@@ -1,11 +1,13 @@
 //! One step's gradients: the batch dealt to threads, one tape each, gradients summed in fixed order.
 
+use crate::features::Taps;
 use crate::loss::{Losses, Objective, Shares, losses};
 use crate::params::{Grads, Params};
 use crate::tape::{Buffers, Draw, Dropout, Tape};
 use quetsch::batch::{Batch, Encoding};
 use quetsch::hooks::Masks;
 use quetsch::ops::{With, forward};
+use quetsch::runtime::Workspace;
 use quetsch::spec::At;
 use quetsch::{Error, Result};
 use std::collections::BTreeMap;
@@ -24,12 +26,14 @@ pub struct Worker {
     /// Its share of the gradients.
     pub grads: Grads,
     buffers: Buffers,
+    teacher: Workspace,
 }
 
 impl Worker {
     /// Workers for `threads` threads.
     pub fn team(params: &Params, threads: usize) -> Vec<Worker> {
-        let worker = || Worker { grads: Grads::new(params), buffers: Buffers::default() };
+        let worker =
+            || Worker { grads: Grads::new(params), buffers: Buffers::default(), teacher: Workspace::default() };
         (0..threads.max(1)).map(|_| worker()).collect()
     }
 }
@@ -83,7 +87,8 @@ pub fn gradients(
     micro: usize,
     workers: &mut [Worker],
 ) -> Result<(Losses, MaskGrads)> {
-    let shares = Shares::of(&task.objective, examples.iter().map(|e| task.set.labels[*e]));
+    let tokens = examples.iter().map(|e| task.set.encodings[*e].ids.len()).sum();
+    let shares = Shares::of(&task.objective, examples.iter().map(|e| task.set.labels[*e]), tokens);
     let mut shards = vec![vec![]; workers.len()];
     for part in examples.chunks(micro.max(1)) {
         for (shard, mine) in shards.iter_mut().zip(deal(task.set, part, workers.len())) {
@@ -130,6 +135,7 @@ fn run_shard(
     w: &mut Worker,
 ) -> Result<(Losses, MaskGrads)> {
     let (mut total, mut masks) = (Losses::default(), MaskGrads::new());
+    let features = task.objective.features();
     for examples in shard.iter().flat_map(|part| chunks(task.set, part)) {
         let spec = &task.params.spec;
         let batch = Batch::new(spec, examples.iter().map(|e| &task.set.encodings[*e]))
@@ -137,13 +143,18 @@ fn run_shard(
         let labels: Vec<u32> = examples.iter().map(|e| task.set.labels[*e]).collect();
         let draw = Draw { rate: task.dropout, seed: task.seed, step, examples };
         let mut tape = Tape::new(task.params, draw, &mut w.buffers);
-        let logits = match task.masks {
-            None => forward(&mut tape, spec, &batch),
-            Some(masks) => forward(&mut With { ops: &mut tape, hook: masks }, spec, &batch),
-        };
+        let mut taps = features.map(|f| Taps::new(f.links));
+        let logits = forward(&mut With { ops: &mut tape, hook: (task.masks, taps.as_mut()) }, spec, &batch);
         let mut d = vec![0.0; tape.value(logits).len()];
         total += losses(tape.value(logits), &labels, examples, &task.objective, shares, &mut d);
-        for (at, g) in tape.backward(logits, d, &mut w.grads) {
+        let mut of = vec![(logits, d)];
+        if let (Some(features), Some(taps)) = (features, &taps) {
+            let student = (task.params, &tape, taps);
+            let (loss, more) = features.losses(student, examples, shares.token, &mut w.teacher, &mut w.grads)?;
+            total += loss;
+            of.extend(more);
+        }
+        for (at, g) in tape.backward(of, &mut w.grads) {
             quetsch_kernels::math::add(masks.entry(at).or_insert_with(|| vec![0.0; g.len()]), &g);
         }
     }

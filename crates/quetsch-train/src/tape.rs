@@ -9,10 +9,15 @@ use quetsch::batch::Batch;
 use quetsch::ops::{Inspect, Ops};
 use quetsch::rng::key;
 use quetsch::spec::{Activation, At, DropSite, Lin, Norm, Pool, Tensor};
-use quetsch_kernels::attention::{self, Heads, ProbsDropout};
-use quetsch_kernels::gemm::{Size, View, Write, gemm};
+use quetsch_kernels::attention::{Heads, ProbsDropout};
+use quetsch_kernels::attention_train::{self, attention_back, attention_keep};
+use quetsch_kernels::gemm::Write;
+use quetsch_kernels::panels::{Left, Precision, Source, multiply, pack_panels, pack_rows};
 use quetsch_kernels::{math, norm, rows};
 use std::collections::BTreeMap;
+
+/// Rows of a product whose bias and activation are done while they are in the cache.
+const BLOCK: usize = 128;
 
 /// A value on the tape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +33,8 @@ struct Value {
 enum Op {
     /// LayerNorm of the three tables' sum.
     Embed { z: Vec<f32>, inv: Vec<f32> },
-    /// f(x W^T + b) with the matrices of `parts` side by side; `pre` is the value before f.
-    Linear { x: Node, parts: Vec<Lin>, f: Activation, pre: Vec<f32> },
+    /// f(x W^T + b); `pre` is the value before f, empty for the identity.
+    Linear { x: Node, site: Lin, f: Activation, pre: Vec<f32> },
     /// softmax(q k^T) v; `probs` before their dropout.
     Attention { layer: usize, qkv: Node, probs: Vec<f32> },
     /// LayerNorm(x + residual).
@@ -114,28 +119,45 @@ impl Draw<'_> {
 
 /// Free buffers, reused from step to step.
 #[derive(Default)]
-pub struct Buffers(Vec<Vec<f32>>);
+pub struct Buffers {
+    floats: Free<f32>,
+    words: Free<u32>,
+    attention: attention_train::Scratch,
+}
 
-impl Buffers {
-    /// A buffer of exactly `len` floats with arbitrary content.
-    fn take(&mut self, len: usize) -> Vec<f32> {
+#[derive(Default)]
+struct Free<T>(Vec<Vec<T>>);
+
+impl<T: Copy + Default> Free<T> {
+    /// A buffer of exactly `len` values with arbitrary content.
+    fn take(&mut self, len: usize) -> Vec<T> {
         let fits = (0..self.0.len()).rev().filter(|i| self.0[*i].capacity() >= len);
         if let Some(i) = fits.min_by_key(|i| self.0[*i].capacity()) {
             let mut b = self.0.swap_remove(i);
-            b.resize(len, 0.0);
+            b.resize(len, T::default());
             return b;
         }
         // The largest makes room for a larger one, so that small ones do not pile up.
         if let Some(i) = (0..self.0.len()).max_by_key(|i| self.0[*i].capacity()) {
             self.0.swap_remove(i);
         }
-        vec![0.0; len]
+        vec![T::default(); len]
     }
 
-    fn give(&mut self, b: Vec<f32>) {
+    fn give(&mut self, b: Vec<T>) {
         if b.capacity() > 0 {
             self.0.push(b);
         }
+    }
+}
+
+impl Buffers {
+    fn take(&mut self, len: usize) -> Vec<f32> {
+        self.floats.take(len)
+    }
+
+    fn give(&mut self, b: Vec<f32>) {
+        self.floats.give(b);
     }
 }
 
@@ -168,12 +190,14 @@ impl<'a> Tape<'a> {
         Heads { count: self.params.spec.layers[layer].heads.len(), dim: self.params.spec.head_dim }
     }
 
-    /// Adds the gradients of all parameters to `grads`, given the gradient of node `of`, and returns those of the
+    /// Adds the gradients of all parameters to `grads`, given those of some nodes, and returns those of the
     /// masks. The tape's buffers are free afterwards.
-    pub fn backward(mut self, of: Node, gradient: Vec<f32>, grads: &mut Grads) -> BTreeMap<At, Vec<f32>> {
+    pub fn backward(mut self, of: Vec<(Node, Vec<f32>)>, grads: &mut Grads) -> BTreeMap<At, Vec<f32>> {
         let mut masks = BTreeMap::new();
         let mut nodes: Vec<Vec<f32>> = self.values.iter().map(|_| vec![]).collect();
-        nodes[of.0] = gradient;
+        for (node, gradient) in of {
+            self.accumulate(&mut nodes[node.0], gradient);
+        }
         while let Some(v) = self.values.pop() {
             let dy = std::mem::take(&mut nodes[self.values.len()]);
             let (rows, cols) = (v.rows, v.cols);
@@ -183,10 +207,9 @@ impl<'a> Tape<'a> {
                     self.embed_back(&dx, grads);
                     [z, inv, dx].into_iter().for_each(|b| self.buffers.give(b));
                 }
-                Op::Linear { x, parts, f, pre } => {
+                Op::Linear { x, site, f, pre } => {
                     let mut d = dy;
-                    math::activation_back(&pre, &mut d, f);
-                    let dx = self.project_back(x, &parts, &d, rows, cols, grads);
+                    let dx = self.project_back(x, site, f, &pre, &mut d, rows, grads);
                     self.accumulate(&mut nodes[x.0], dx);
                     self.buffers.give(pre);
                     self.buffers.give(d);
@@ -196,9 +219,10 @@ impl<'a> Tape<'a> {
                 Op::Attention { layer, qkv, probs } => {
                     let x = &self.values[qkv.0].data;
                     let mut dx = self.buffers.take(x.len());
-                    let (heads, starts) = (self.heads(layer), &self.batch.starts);
+                    let (heads, starts, scratch) =
+                        (self.heads(layer), &self.batch.starts, &mut self.buffers.attention);
                     self.draw.with_probs(layer, |drop| {
-                        attention::attention_back(x, heads, starts, drop, &probs, None, &dy, &mut dx);
+                        attention_back(x, heads, starts, drop, &probs, None, &dy, &mut dx, scratch);
                     });
                     self.accumulate(&mut nodes[qkv.0], dx);
                     self.buffers.give(probs);
@@ -268,60 +292,92 @@ impl<'a> Tape<'a> {
         }
     }
 
-    /// y[:, parts side by side] = f(x W_p^T + b_p).
-    fn project(&mut self, parts: Vec<Lin>, x: Node, f: Activation) -> Node {
-        let (rows, k) = (self.values[x.0].rows, self.values[x.0].cols);
-        let p = self.params;
-        let bias: Vec<f32> = parts.iter().flat_map(|s| p.get(Tensor::B(*s)).iter().copied()).collect();
-        let n = bias.len();
-        let mut pre = self.buffers.take(rows * n);
-        let mut at = 0;
-        for s in &parts {
-            let (width, w) = (p.get(Tensor::B(*s)).len(), p.get(Tensor::W(*s)));
-            let x = View::rows(&self.values[x.0].data, k);
-            let out = pre.get_mut(at..).unwrap_or_default();
-            gemm(Size { m: rows, n: width, k }, 1.0, x, View::rows(w, k).t(), out, n, Write::Set);
-            at += width;
+    /// y = f(x W^T + b).
+    fn project(&mut self, site: Lin, x: Node, f: Activation) -> Node {
+        let pack = self.params.linear(site);
+        let (p, rows, n, k) = (self.params.precision, self.values[x.0].rows, pack.n, pack.k);
+        let (mut words, mut pre) = (vec![], self.buffers.take(rows * n));
+        let mut y = self.buffers.take(if f == Activation::Identity { 0 } else { rows * n });
+        let source = Source { data: &self.values[x.0].data, stride: k };
+        let left = match p {
+            Precision::F32 => Left::f32_rows(source),
+            Precision::Bf16 => {
+                words = self.buffers.words.take(p.rows_len(rows, k));
+                pack_rows(p, source, rows, k, &mut words);
+                Left::rows(&words, p, k)
+            }
+        };
+        // Bias and activation follow while a block of rows is still in the cache.
+        for (first, m) in (0..rows).step_by(BLOCK).map(|r| (r, BLOCK.min(rows - r))) {
+            let pre = &mut pre[first * n..(first + m) * n];
+            multiply(p, left.below(first), &pack.forward, m, n, k, pre, n, Write::Set);
+            let y = y.get_mut(first * n..(first + m) * n).unwrap_or_default();
+            math::bias_activation_keep(pre, &pack.bias, y, f);
         }
-        math::bias_activation(&mut pre, &bias, Activation::Identity);
+        self.buffers.words.give(words);
         if f == Activation::Identity {
-            return self.push(rows, n, pre, Op::Linear { x, parts, f, pre: vec![] });
+            self.buffers.give(y);
+            return self.push(rows, n, pre, Op::Linear { x, site, f, pre: vec![] });
         }
-        let mut y = self.buffers.take(rows * n);
-        math::activation(&pre, &mut y, f);
-        self.push(rows, n, y, Op::Linear { x, parts, f, pre })
+        self.push(rows, n, y, Op::Linear { x, site, f, pre })
     }
 
-    /// dW = d^T x, db = column sums of d, dx = d W.
+    /// d <- d f'(pre); dW = d^T x, db = column sums of d, dx = d W.
+    #[allow(clippy::too_many_arguments)] // what the forward recorded
     fn project_back(
         &mut self,
         x: Node,
-        parts: &[Lin],
-        d: &[f32],
+        site: Lin,
+        f: Activation,
+        pre: &[f32],
+        d: &mut [f32],
         rows: usize,
-        n: usize,
         g: &mut Grads,
     ) -> Vec<f32> {
-        let k = self.values[x.0].cols;
+        let pack = self.params.linear(site);
+        let (p, n, k) = (self.params.precision, pack.n, pack.k);
+        let mut db = self.buffers.take(n);
+        db.fill(0.0);
+        math::activation_back(pre, d, &mut db, f);
+
         let mut dx = self.buffers.take(rows * k);
-        let (p, x) = (self.params, &self.values[x.0].data);
-        let mut at = 0;
-        for (i, s) in parts.iter().enumerate() {
-            let (w_id, b_id) = (p.id(Tensor::W(*s)), p.id(Tensor::B(*s)));
-            let width = p.data[b_id].len();
-            let dp = View::rows(d.get(at..).unwrap_or_default(), n);
-            let (gw, gb) = (&mut g.dense[w_id], at..at + width);
-            if !gw.is_empty() {
-                gemm(Size { m: width, n: k, k: rows }, 1.0, dp.t(), View::rows(x, k), gw, k, Write::Add);
+        let source = Source { data: d, stride: n };
+        match p {
+            Precision::F32 => {
+                let left = Left::f32_rows(source);
+                multiply(p, left, &pack.backward, rows, k, n, &mut dx, k, Write::Set);
             }
-            let gb_to = &mut g.dense[b_id];
-            if !gb_to.is_empty() {
-                d.chunks_exact(n).for_each(|row| math::add(gb_to, &row[gb.clone()]));
+            Precision::Bf16 => {
+                let mut words = self.buffers.words.take(p.rows_len(rows, n));
+                pack_rows(p, source, rows, n, &mut words);
+                multiply(p, Left::rows(&words, p, n), &pack.backward, rows, k, n, &mut dx, k, Write::Set);
+                self.buffers.words.give(words);
             }
-            let write = if i == 0 { Write::Set } else { Write::Add };
-            gemm(Size { m: rows, n: k, k: width }, 1.0, dp, View::rows(&p.data[w_id], k), &mut dx, k, write);
-            at += width;
         }
+
+        let mut right = self.buffers.words.take(p.panels_len(rows, k));
+        if pack.parts.iter().any(|part| !g.dense[part.w].is_empty()) {
+            let x = &self.values[x.0].data;
+            pack_panels(p, |r| &x[r * k..(r + 1) * k], rows, k, &mut right);
+        }
+        let mut at = 0;
+        for part in &pack.parts {
+            let columns = at..at + part.rows;
+            if !g.dense[part.w].is_empty() {
+                let write = g.write(part.w);
+                let mut left = self.buffers.words.take(p.panels_len(rows, part.rows));
+                pack_panels(p, |r| &d[r * n..][columns.clone()], rows, part.rows, &mut left);
+                let left_t = Left::panels(&left, p, rows);
+                multiply(p, left_t, &right, part.rows, k, rows, &mut g.dense[part.w], k, write);
+                self.buffers.words.give(left);
+            }
+            if !g.dense[part.b].is_empty() {
+                math::add(&mut g.dense[part.b], &db[columns.clone()]);
+            }
+            at = columns.end;
+        }
+        self.buffers.words.give(right);
+        self.buffers.give(db);
         dx
     }
 
@@ -360,20 +416,20 @@ impl Ops for Tape<'_> {
         let (p, width, count) = (self.params, self.params.spec.embedding(), batch.tokens());
         self.batch = batch.clone();
         let mut x = self.buffers.take(count * width);
+        rows::gather(p.get(Tensor::Word), width, &batch.ids, &mut x);
         let tables = rows::Tables {
-            word: p.get(Tensor::Word),
             position: p.get(Tensor::Position),
             token_type: p.find(Tensor::TokenType).map_or(&[], |i| &p.data[i]),
             width,
         };
-        rows::embed(tables, &batch.ids, &batch.types, &batch.positions, &mut x);
+        rows::add_embeddings(tables, &batch.types, &batch.positions, &mut x);
         let (y, z, inv) = self.norm(Norm::Embeddings, &x, &[]);
         self.buffers.give(x);
         self.push(count, width, y, Op::Embed { z, inv })
     }
 
     fn qkv(&mut self, l: usize, x: &Node) -> Node {
-        self.project(vec![Lin::Query(l), Lin::Key(l), Lin::Value(l)], *x, Activation::Identity)
+        self.project(Lin::Query(l), *x, Activation::Identity)
     }
 
     fn attention(&mut self, layer: usize, qkv: Node, batch: &Batch) -> Node {
@@ -381,19 +437,19 @@ impl Ops for Tape<'_> {
         let (rows, inner) = (self.values[qkv.0].rows, self.values[qkv.0].cols / 3);
         let mut context = self.buffers.take(rows * inner);
         let mut probs = self.buffers.take(heads.probs_len(&batch.starts));
-        let x = &self.values[qkv.0].data;
+        let (x, scratch) = (&self.values[qkv.0].data, &mut self.buffers.attention);
         self.draw.with_probs(layer, |drop| {
-            attention::attention_keep(x, heads, &batch.starts, drop, &mut probs, &mut context);
+            attention_keep(x, heads, &batch.starts, drop, &mut probs, &mut context, scratch);
         });
         self.push(rows, inner, context, Op::Attention { layer, qkv, probs })
     }
 
     fn ffn_up(&mut self, l: usize, x: &Node) -> Node {
-        self.project(vec![Lin::Up(l)], *x, self.params.spec.ffn_activation)
+        self.project(Lin::Up(l), *x, self.params.spec.ffn_activation)
     }
 
     fn linear(&mut self, site: Lin, x: Node, f: Activation) -> Node {
-        self.project(vec![site], x, f)
+        self.project(site, x, f)
     }
 
     fn add_norm(&mut self, site: Norm, x: Node, residual: Node) -> Node {

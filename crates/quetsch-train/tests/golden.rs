@@ -8,10 +8,11 @@ use quetsch::hooks::Record;
 use quetsch::ops::{With, forward};
 use quetsch::runtime::{CpuOps, Model, Workspace};
 use quetsch::spec::At;
+use quetsch_train::features::{Compare, Features, Link, Side, relation, rows as compare_rows};
 use quetsch_train::loss::{Hard, Objective, Shares, Soft, losses};
 use quetsch_train::params::Params;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
-use quetsch_train::{Dropout, Event, FitSettings, fit};
+use quetsch_train::{Dropout, Event, FitSettings, Measure, fit};
 use std::ops::ControlFlow;
 
 #[test]
@@ -21,7 +22,7 @@ fn the_runtime_gives_pytorchs_activations_and_logits() {
         let model = Model::pack(&g.checkpoint());
         let batch = Batch::new(&g.spec, &g.encodings).unwrap();
         let mut ws = Workspace::default();
-        assert!(worst(&model.forward(&mut ws, &batch), &g.tensor("logits")) < 1e-5, "{name}");
+        assert!(worst(&model.forward(&mut ws, &batch).unwrap(), &g.tensor("logits")) < 1e-5, "{name}");
         let want = [
             At::Embedded,
             At::Attended(0),
@@ -56,7 +57,8 @@ fn gradients_are_pytorchs() {
         let params = Params::new(&ck, &[]);
         let teacher = g.tensor("teacher");
         let (alpha, temperature) = (0.3, 3.0);
-        let kd = Objective::Distill(Hard::default(), Soft { alpha, temperature, logits: &teacher });
+        let kd =
+            Objective::Distill(Hard::default(), Soft { alpha, temperature, logits: &teacher, ..Soft::default() });
         for (objective, key, total) in [(Objective::CrossEntropy(Hard::default()), "ce", "ce"), (kd, "kd", "kd")] {
             for threads in [1, 2] {
                 let set = TrainSet { encodings: &g.encodings, labels: &g.labels };
@@ -91,8 +93,10 @@ fn ten_steps_are_pytorchs() {
     for name in ["student", "pooler"] {
         let g = Golden::load(name);
         let teacher = g.tensor("teacher");
-        let objective =
-            Objective::Distill(Hard::default(), Soft { alpha: 0.3, temperature: 3.0, logits: &teacher });
+        let objective = Objective::Distill(
+            Hard::default(),
+            Soft { alpha: 0.3, temperature: 3.0, logits: &teacher, ..Soft::default() },
+        );
         let s = FitSettings {
             epochs: 10,
             batch_size: 3,
@@ -151,14 +155,19 @@ fn losses_and_their_gradients_are_pytorchs() {
             let weights: Option<Vec<f32>> = serde_json::from_value(case["class_weights"].clone()).unwrap();
             let weights = weights.unwrap_or_default();
             let hard = Hard { label_smoothing: number("label_smoothing"), class_weights: &weights };
-            let soft = Soft { alpha: number("alpha"), temperature: number("temperature"), logits: &teacher };
+            let soft = Soft {
+                alpha: number("alpha"),
+                temperature: number("temperature"),
+                logits: &teacher,
+                ..Soft::default()
+            };
             let objective = match kind {
                 "cross_entropy" => Objective::CrossEntropy(hard),
                 _ => Objective::Distill(hard, soft),
             };
             let examples: Vec<usize> = (0..labels.len()).collect();
             let mut d = vec![0.0; logits.len()];
-            let shares = Shares::of(&objective, labels.iter().copied());
+            let shares = Shares::of(&objective, labels.iter().copied(), 1);
             let got = losses(&logits, &labels, &examples, &objective, shares, &mut d);
             let want = case["loss"].as_f64().unwrap();
             assert!((got.total - want).abs() < 1e-5 * want.abs().max(1.0), "{case}: {got:?}");
@@ -175,4 +184,83 @@ fn losses_and_their_gradients_are_pytorchs() {
         }
     }
     assert!(checked > 20);
+}
+
+fn losses_json() -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(fixture("losses.json")).unwrap()).unwrap()
+}
+
+fn flat(v: &serde_json::Value) -> Vec<f32> {
+    serde_json::from_value::<Vec<Vec<f32>>>(v.clone()).unwrap().concat()
+}
+
+#[test]
+fn distances_of_rows_are_pytorchs() {
+    let json = &losses_json()["measures"];
+    let (student, teacher) = (flat(&json["student"]), flat(&json["teacher"]));
+    for (measure, key) in [(Measure::Mse, "mse"), (Measure::L1, "l1"), (Measure::Cosine, "cosine")] {
+        let (loss, d) = compare_rows(measure, &student, &teacher, 5, 1.0 / 3.0);
+        assert!((loss / 3.0 - json[key]["loss"].as_f64().unwrap()).abs() < 1e-6, "{key}: {loss}");
+        assert!(worst(&d, &flat(&json[key]["gradient"])) < 1e-6, "{key}: {d:?}");
+    }
+    let zero = compare_rows(Measure::Cosine, &[0.0; 5], &teacher[..5], 5, 1.0);
+    assert_eq!(zero, (1.0, vec![0.0; 5]), "a row of zeros has no direction");
+}
+
+#[test]
+fn attention_maps_and_relations_are_pytorchs() {
+    let json = &losses_json()["relations"];
+    let (student, teacher) = (flat(&json["student"]), flat(&json["teacher"]));
+    let starts: Vec<usize> = serde_json::from_value(json["starts"].clone()).unwrap();
+    let cases = json["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 4);
+    for case in cases {
+        let heads: Vec<(usize, usize)> = serde_json::from_value(case["heads"].clone()).unwrap();
+        let dims: (usize, usize) = serde_json::from_value(case["dims"].clone()).unwrap();
+        let of: (usize, usize) = serde_json::from_value(case["of"].clone()).unwrap();
+        let s = Side { x: &student, inner: 6, dim: dims.0, of };
+        let t = Side { x: &teacher, inner: 12, dim: dims.1, of };
+        let (loss, d) = relation(&s, &t, &heads, &starts, 1.0 / 8.0);
+        assert!((loss / 8.0 - case["loss"].as_f64().unwrap()).abs() < 1e-6, "{of:?}: {loss}");
+        assert!(worst(&d, &flat(&case["gradient"])) < 1e-6, "{of:?}: {d:?}");
+    }
+}
+
+/// Two models of PyTorch's, one the teacher of the other: the loss of hidden states is that of PyTorch's activations,
+/// and what is tapped changes no logit.
+#[test]
+fn the_loss_of_hidden_states_is_pytorchs() {
+    let (g, t) = (Golden::load("student"), Golden::load("pooler"));
+    let (params, teacher) = (Params::new(&g.checkpoint(), &[]), Model::pack(&t.checkpoint()));
+    let pairs = [(0, vec![0, 1]), (2, vec![2])];
+    let links = [
+        Link::of(Compare::Hidden(Measure::Mse), &pairs, 0.7),
+        Link::of(Compare::Embeddings(Measure::Mse), &[(0, vec![0])], 0.2),
+    ]
+    .concat();
+    let features = Some(Features { teacher: &teacher, encodings: &t.encodings, links: &links });
+    let logits = t.tensor("logits");
+    let soft =
+        Soft { alpha: 0.3, temperature: 2.0, logits: &logits, logits_weight: 0.2, features, ..Soft::default() };
+    let set = TrainSet { encodings: &g.encodings, labels: &g.labels };
+    let mse =
+        |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / a.len() as f64;
+    let state = |g: &Golden, l: usize| g.tensor(&format!("a.hidden.{l}"));
+    let mean: Vec<f32> = state(&t, 0).iter().zip(state(&t, 1)).map(|(a, b)| (a + b) / 2.0).collect();
+    let hidden = (mse(&state(&g, 0), &mean) + mse(&state(&g, 2), &state(&t, 2))) / 2.0;
+    let embeddings = mse(&g.tensor("a.embedded"), &t.tensor("a.embedded"));
+    for threads in [1, 2] {
+        let loss = |objective| {
+            let task = Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None };
+            gradients(&task, 0, &[0, 1, 2], 3, &mut Worker::team(&params, threads)).unwrap().0
+        };
+        let objective = Objective::Distill(Hard::default(), soft);
+        let (with, without) = (loss(objective), loss(objective.on_logits()));
+        assert_eq!((with.ce, with.kl, with.logits), (without.ce, without.kl, without.logits));
+        for (got, want) in [(with.hidden, hidden), (with.embeddings, embeddings)] {
+            assert!((got - want).abs() < 1e-5 * want, "{got} != {want}");
+        }
+        assert!((with.total - without.total - 0.7 * hidden - 0.2 * embeddings).abs() < 1e-5);
+        assert!((with.logits - mse(&g.tensor("logits"), &logits)).abs() < 1e-4);
+    }
 }

@@ -11,13 +11,14 @@ use quetsch::hooks::Masks;
 use quetsch::ops::forward;
 use quetsch::runtime::{Model, Workspace};
 use quetsch::spec::{At, HeadSpec, ModelSpec, Tensor};
+use quetsch_train::features::{Compare, Link, Qkv};
 use quetsch_train::params::Params;
 use quetsch_train::scores::Sample;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::tape::{Buffers, Draw, Tape};
 use quetsch_train::{
-    ClassWeights, Dropout, Event, FitError, FitSettings, Fitted, Hard, Objective, Schedule, Soft, State, Stop,
-    ffn_scores, fit, head_scores,
+    ClassWeights, Dropout, Event, Features, FitError, FitSettings, Fitted, Hard, Measure, Objective, Schedule,
+    Soft, State, Stop, ffn_scores, fit, head_scores,
 };
 use std::ops::ControlFlow;
 
@@ -40,7 +41,7 @@ fn tape_and_runtime_agree() {
         let draw = Draw { rate: Dropout::default(), seed: 1, step: 0, examples: &examples };
         let mut tape = Tape::new(&params, draw, &mut buffers);
         let y = forward(&mut tape, &ck.spec, &batch);
-        let got = Model::pack(&ck).forward(&mut Workspace::default(), &batch);
+        let got = Model::pack(&ck).forward(&mut Workspace::default(), &batch).unwrap();
         assert!(worst(tape.value(y), &got) < 1e-5, "{head:?} {family:?}");
     }
 }
@@ -107,10 +108,13 @@ fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
             };
             let keep = params.data[i][e];
             params.data[i][e] = keep + step;
+            params.repack(1);
             let up = loss(&params, &masks);
             params.data[i][e] = keep - step;
+            params.repack(1);
             let down = loss(&params, &masks);
             params.data[i][e] = keep;
+            params.repack(1);
             compare(format!("{} [{e}]", def.name), got, up, down);
         }
     }
@@ -233,7 +237,7 @@ fn accumulating_is_one_batch_with_class_weights_too() {
     let set = TrainSet { encodings: &encodings, labels: &labels };
     let teacher: Vec<f32> = (0..288).map(|i| (i % 7) as f32 - 3.0).collect();
     let hard = Hard { label_smoothing: 0.1, class_weights: &[0.3, 1.0, 2.5] };
-    let soft = Soft { alpha: 0.5, temperature: 2.0, logits: &teacher };
+    let soft = Soft { alpha: 0.5, temperature: 2.0, logits: &teacher, logits_weight: 0.1, ..Soft::default() };
     for objective in [Objective::CrossEntropy(hard), Objective::Distill(hard, soft)] {
         let params = Params::new(&ck, &[]);
         let task = Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None };
@@ -325,7 +329,9 @@ fn settings_that_cannot_work_are_refused() {
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(4, 30, 21), labels(4));
     let set = TrainSet { encodings: &encodings, labels: &labels };
-    let kd = |alpha, temperature, logits| Objective::Distill(Hard::default(), Soft { alpha, temperature, logits });
+    let kd = |alpha, temperature, logits| {
+        Objective::Distill(Hard::default(), Soft { alpha, temperature, logits, ..Soft::default() })
+    };
     let hard = |label_smoothing, class_weights| Objective::CrossEntropy(Hard { label_smoothing, class_weights });
     let rows: [(Objective, FitSettings, &str); 12] = [
         (CE, FitSettings { epochs: 0, ..settings() }, "at least 1"),
@@ -364,4 +370,131 @@ fn scores_find_the_idle_unit() {
     let ffn = ffn_scores(&ck, &set, &CE, sample).unwrap();
     assert_eq!(ffn.iter().map(Vec::len).collect::<Vec<_>>(), [20, 12, 8]);
     assert!(ffn.iter().flatten().all(|s| *s > 0.0));
+}
+
+/// Everything that can be learned from inside a teacher of this shape, at once.
+fn all_links(student: &ModelSpec, teacher: &ModelSpec) -> Vec<Link> {
+    let one = |s: usize, t: usize| (s, vec![t]);
+    let hidden = [(0, vec![0, 1]), one(2, 2), one(2, 0)];
+    let heads = student.head_dim.min(teacher.head_dim) / 2;
+    [
+        Link::of(Compare::Hidden(Measure::Mse), &hidden, 0.5),
+        Link::of(Compare::Hidden(Measure::Cosine), &[one(1, 1)], 0.4),
+        Link::of(Compare::Embeddings(Measure::L1), &[one(0, 0)], 0.3),
+        Link::of(Compare::Attention, &[one(0, 0), one(2, 2)], 0.7),
+        Link::of(Compare::Relation(Qkv::Query, heads), &[one(2, 0)], 0.6),
+        Link::of(Compare::Relation(Qkv::Value, 1), &[one(2, 2), one(0, 2)], 0.8),
+    ]
+    .concat()
+}
+
+/// All parts and projections together, by finite differences; a teacher of another width.
+#[test]
+fn gradients_from_inside_are_finite_differences() {
+    let ck = lively(uneven(HEADS[0]), 11);
+    for (width, head_dim) in [(24, 8), (16, 4)] {
+        let shape = ModelSpec { hidden: width, head_dim, ..uneven(HEADS[1]) };
+        let teacher = Model::pack(&lively(shape, 12));
+        let (encodings, labels) = (sentences(5, 30, 9), labels(5));
+        let logits = teacher.logits(&encodings, 1).unwrap();
+        let links = all_links(&ck.spec, teacher.spec());
+        let features = Some(Features { teacher: &teacher, encodings: &encodings, links: &links });
+        let soft = Soft {
+            alpha: 0.4,
+            temperature: 2.0,
+            logits: &logits,
+            logits_weight: 0.3,
+            logits_loss: Measure::Cosine,
+            features,
+        };
+        let objective = Objective::Distill(Hard { label_smoothing: 0.1, class_weights: &[0.5, 1.0, 2.0] }, soft);
+        let mut params = Params::new(&ck, &[]);
+        if width != 24 {
+            (0..5).for_each(|i| params.add_projection(i, (width, 24), 3));
+        }
+        let run = |params: &Params, team: &mut [Worker]| {
+            let set = TrainSet { encodings: &encodings, labels: &labels };
+            let task = Task { params, set, objective, dropout: DROPOUT, seed: 5, masks: None };
+            gradients(&task, 3, &[0, 1, 2, 3, 4], 5, team).unwrap().0
+        };
+        let mut team = Worker::team(&params, 1);
+        let parts = run(&params, &mut team).parts();
+        assert!(parts.iter().all(|(_, x)| *x > 0.0), "{parts:?}");
+        let (mut bad, mut checked) = (vec![], 0);
+        for i in 1..params.table.len() {
+            let def = params.table[i].clone();
+            for e in (0..def.len()).step_by((def.len() / 6).max(1)) {
+                let keep = params.data[i][e];
+                let mut at = |w: f32| {
+                    params.data[i][e] = w;
+                    params.repack(1);
+                    run(&params, &mut Worker::team(&params, 1)).total
+                };
+                let step = 2e-3f32;
+                let want = ((at(keep + step) - at(keep - step)) / f64::from(2.0 * step)) as f32;
+                at(keep);
+                let got = team[0].grads.dense[i][e];
+                if (got - want).abs() > 6e-4 + 0.02 * want.abs() {
+                    bad.push(format!("{} [{e}]: {got} != {want}", def.name));
+                }
+                checked += 1;
+            }
+        }
+        assert!(bad.is_empty() && checked > 200, "{checked}: {}", bad.join("\n"));
+    }
+}
+
+/// A student learns the hidden states of a narrower teacher, and goes on after an interruption to the same bytes.
+#[test]
+fn projections_learn_and_resume() {
+    let ck = lively(uneven(HEADS[0]), 11);
+    let teacher = Model::pack(&lively(ModelSpec { hidden: 16, ..uneven(HEADS[1]) }, 12));
+    let (encodings, labels) = (sentences(40, 30, 9), labels(40));
+    let logits = teacher.logits(&encodings, 1).unwrap();
+    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let other = sentences(40, 30, 10);
+    let kd = |features| {
+        let soft = Soft { alpha: 1.0, temperature: 2.0, logits: &logits, features, ..Soft::default() };
+        Objective::Distill(Hard::default(), soft)
+    };
+    let hidden = |s, t: Vec<usize>, weight| Link::of(Compare::Hidden(Measure::Mse), &[(s, t)], weight);
+    let links = hidden(2, vec![2], 1.0);
+    let objective = kd(Some(Features { teacher: &teacher, encodings: &encodings, links: &links }));
+    let s = FitSettings { epochs: 6, ..settings() };
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("state");
+    let state = State { dir: &place, every_steps: 0, resume: true, key: "k".into() };
+    let mut means = vec![];
+    let whole = fit(&ck, &set, &objective, &s, None, &mut |e| {
+        if let Event::Epoch { mean, .. } = e {
+            means.push(mean.hidden);
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert!(means[5] < 0.9 * means[0], "{means:?}");
+    let stopped = fit(&ck, &set, &objective, &s, Some(&state), &mut |e| match e {
+        Event::Step(p) if p.step == 13 => ControlFlow::Break(Stop::Interrupted),
+        _ => ControlFlow::Continue(()),
+    });
+    assert!(matches!(stopped, Err(FitError::Interrupted { step: 13, .. })));
+    let rest = fit(&ck, &set, &objective, &s, Some(&state), &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(distance(&whole.checkpoint, &rest.checkpoint), 0.0);
+
+    let link = |compare, s, t| Link::of(compare, &[(s, vec![t])], 1.0);
+    let rows = [
+        (hidden(3, vec![2], 1.0), &encodings, "3:2"),
+        (hidden(2, vec![], 1.0), &encodings, "no teacher layer"),
+        (hidden(2, vec![2], f32::NAN), &encodings, "weight of Hidden"),
+        (hidden(2, vec![2], 1.0), &other, "numbers of tokens"),
+        (link(Compare::Attention, 1, 0), &encodings, "no attention head"),
+        (link(Compare::Attention, 0, 2), &encodings, "every head"),
+        (link(Compare::Relation(Qkv::Key, 5), 0, 0), &encodings, "5 relation heads"),
+        (Link::of(Compare::Attention, &[(0, vec![0, 2])], 1.0), &encodings, "from one layer"),
+    ];
+    for (links, encodings, words) in &rows {
+        let objective = kd(Some(Features { teacher: &teacher, encodings, links }));
+        let e = fit(&ck, &set, &objective, &s, None, &mut |_| ControlFlow::Continue(())).err().unwrap().to_string();
+        assert!(e.contains(words), "{e}");
+    }
 }

@@ -30,6 +30,20 @@ impl FloatType {
             FloatType::Bf16 => half::bf16::from_f32(x).to_f32(),
         }
     }
+
+    /// Values of this type as they lie in a file, as f32.
+    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        let half = |bytes: &[u8], out: &mut [f32], f: fn([u8; 2]) -> f32| {
+            bytes.as_chunks().0.iter().zip(out).for_each(|(b, o)| *o = f(*b));
+        };
+        match self {
+            FloatType::F32 => {
+                bytes.as_chunks().0.iter().zip(out).for_each(|(b, o)| *o = f32::from_le_bytes(*b));
+            }
+            FloatType::F16 => half(bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
+            FloatType::Bf16 => half(bytes, out, |b| half::bf16::from_le_bytes(b).to_f32()),
+        }
+    }
 }
 
 /// One tensor as it is stored.
@@ -117,6 +131,14 @@ impl Checkpoint {
         Ok(Checkpoint { spec, labels, max_length: None, config, warnings: vec![], tensors, index })
     }
 
+    /// A checkpoint of some tensors: what [`Checkpoint::get`] may ask for, and no more.
+    pub(crate) fn part(spec: ModelSpec, tensors: Vec<(Tensor, Stored)>) -> Checkpoint {
+        let index = tensors.iter().enumerate().map(|(i, (t, _))| (*t, i)).collect();
+        let (labels, warnings, config) = (vec![], vec![], serde_json::Map::new());
+        let tensors = tensors.into_iter().map(|(_, stored)| stored).collect();
+        Checkpoint { spec, labels, max_length: None, config, warnings, tensors, index }
+    }
+
     /// Row of the table of tensors.
     ///
     /// # Panics
@@ -148,7 +170,8 @@ impl Checkpoint {
 
     /// Every row of the table with its tensor.
     pub fn tensors(&self) -> impl Iterator<Item = (TensorDef, &Stored)> {
-        self.spec.tensors().into_iter().zip(&self.tensors)
+        let here = |def: TensorDef| self.index.get(&def.tensor).map(|&i| (def, &self.tensors[i]));
+        self.spec.tensors().into_iter().filter_map(here)
     }
 
     /// The same model with every tensor as f32 values: what training, pruning and quantising start from.

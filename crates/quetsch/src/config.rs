@@ -7,7 +7,7 @@ use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::error::{Error, Result};
 use crate::family::{Facts, Family, MODEL_TYPES};
 use crate::quant::{Compute, Scheme, int8};
-use crate::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Norm, Tensor};
+use crate::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Norm, Role, Tensor, TensorDef};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +25,7 @@ pub struct Config {
     pub labels: Vec<String>,
     /// Longest input in tokens (`max_length`).
     pub max_length: Option<usize>,
-    /// Scheme by module name, from our own key.
+    /// Scheme by module name of linears and embedding tables, from our own key.
     pub sites: BTreeMap<String, Scheme>,
     /// What 4-bit linears compute in (`bnb_4bit_compute_dtype`).
     pub compute: Compute,
@@ -542,9 +542,9 @@ pub fn render(ck: &Checkpoint) -> Result<Map<String, Value>> {
         map.insert(key.into(), pruned.into());
     }
     map.entry("pad_token_id").or_insert(json!(0));
-    let sites = quantised_sites(ck);
-    if !sites.is_empty() {
-        map.insert("quantization_config".into(), quantization_config(ck, &sites)?);
+    let linears = quantised(ck, Role::Weight);
+    if !linears.is_empty() {
+        map.insert("quantization_config".into(), quantization_config(ck, &linears)?);
     }
     let mut ours = map.get("quetsch").and_then(Value::as_object).cloned().unwrap_or_default();
     ours.insert("version".into(), json!(VERSION));
@@ -552,6 +552,7 @@ pub fn render(ck: &Checkpoint) -> Result<Map<String, Value>> {
     let layers = spec.layers.iter().map(|l| json!({"heads": l.heads, "ffn": l.ffn}));
     ours.insert("layers".into(), layers.collect());
     ours.shift_remove("sites");
+    let sites: BTreeMap<_, _> = quantised(ck, Role::Embedding).into_iter().chain(linears).collect();
     if !sites.is_empty() {
         let names = sites.iter().map(|(site, s)| (site.clone(), json!(s.name())));
         ours.insert("sites".into(), names.collect::<Map<_, _>>().into());
@@ -566,9 +567,10 @@ fn pruned_heads(spec: &ModelSpec) -> Map<String, Value> {
     layers.map(|(l, r)| (l.to_string(), json!(r))).collect()
 }
 
-/// Module name and scheme of every quantised linear.
-fn quantised_sites(ck: &Checkpoint) -> BTreeMap<String, Scheme> {
-    let all = ck.spec.linears().into_iter().map(|(s, _, _)| (ck.spec.module(s), Scheme::of(ck.get(Tensor::W(s)))));
+/// Module name and scheme of every quantised tensor of one role.
+fn quantised(ck: &Checkpoint, role: Role) -> BTreeMap<String, Scheme> {
+    let module = |def: TensorDef| def.name.trim_end_matches(".weight").to_owned();
+    let all = ck.tensors().filter(|(def, _)| def.role == role).map(|(def, t)| (module(def), Scheme::of(t)));
     all.filter(|(_, scheme)| scheme.float().is_none()).collect()
 }
 

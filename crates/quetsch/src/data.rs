@@ -21,11 +21,10 @@ mod split;
 mod table;
 
 use std::collections::{HashMap, HashSet};
-use std::io::Read as _;
 use std::path::Path;
 
 pub use split::{Overlap, overlap, split};
-use table::Table;
+use table::{Blocks, Table};
 
 use crate::{Error, Result};
 
@@ -131,25 +130,81 @@ pub fn read(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Dataset> {
     Ok(dataset)
 }
 
-/// Texts to predict: the lines of a `.txt` file or of standard input (`None` or `-`), or the text column of a `.csv`,
-/// `.tsv` or `.jsonl` file. Blank lines are kept, so that the n-th answer belongs to the n-th line.
+/// Texts to predict, all of them at once; see [`Texts::open`].
 pub fn read_texts(path: Option<&Path>, text_col: Option<&str>) -> Result<Vec<String>> {
-    let path = path.unwrap_or(Path::new("-"));
-    let content = if path == Path::new("-") {
-        let mut bytes = Vec::new();
-        let name = Path::new("standard input");
-        std::io::stdin().lock().read_to_end(&mut bytes).map_err(Error::io(name))?;
-        table::utf8(name, bytes)?
-    } else if table::extension(path) == "txt" {
-        table::utf8(path, std::fs::read(path).map_err(Error::io(path))?)?
-    } else {
-        let table = Table::read(path)?;
-        return table.texts(table.column(text_col, &TEXT_COLUMNS, "text")?);
-    };
-    if content.is_empty() {
-        return Err(Error::file(path, "no text in it; expected one text a line"));
+    let mut texts = Texts::open(path, text_col)?;
+    let mut all = Vec::new();
+    while let Some(part) = texts.part(usize::MAX)? {
+        all.extend(part);
     }
-    Ok(content.lines().map(String::from).collect())
+    Ok(all)
+}
+
+/// Texts that are read as they are asked for.
+pub struct Texts {
+    /// Nothing for texts that are in memory.
+    blocks: Option<Blocks>,
+    text_col: Option<String>,
+    ready: std::vec::IntoIter<String>,
+}
+
+impl Texts {
+    /// The lines of a `.txt` file or of standard input (`None` or `-`), or the text column of a `.csv`, `.tsv` or
+    /// `.jsonl` file. Blank lines are kept, so that the n-th answer belongs to the n-th line.
+    ///
+    /// # Errors
+    /// The file cannot be read, has no text, or begins with something else than texts.
+    pub fn open(path: Option<&Path>, text_col: Option<&str>) -> Result<Texts> {
+        let blocks = match path.filter(|path| *path != Path::new("-")) {
+            None => Blocks::lines(Path::new("standard input"), Box::new(std::io::stdin())),
+            Some(path) if table::extension(path) == "txt" => {
+                Blocks::lines(path, Box::new(std::fs::File::open(path).map_err(Error::io(path))?))
+            }
+            Some(path) => Blocks::open(path)?,
+        };
+        let text_col = text_col.map(str::to_string);
+        let mut texts = Texts { blocks: Some(blocks), text_col, ready: Vec::new().into_iter() };
+        match texts.block()? {
+            true => Ok(texts),
+            false => Err(texts.blocks.map_or_else(|| Error::invalid("no text"), |blocks| blocks.no_row())),
+        }
+    }
+
+    /// The next texts, at most `most`, as many as are there without waiting; nothing at the end, or after an error.
+    ///
+    /// # Errors
+    /// What comes next cannot be read.
+    pub fn part(&mut self, most: usize) -> Result<Option<Vec<String>>> {
+        if self.ready.len() == 0 && !self.block()? {
+            return Ok(None);
+        }
+        Ok(Some(self.ready.by_ref().take(most).collect()))
+    }
+
+    /// Reads the next block; whether there was one.
+    fn block(&mut self) -> Result<bool> {
+        let Some(blocks) = &mut self.blocks else { return Ok(false) };
+        let read = blocks.next().and_then(|table| match table {
+            None => Ok(None),
+            Some(table) if blocks.is_lines() => Ok(Some(table.texts(0)?)),
+            Some(table) => {
+                Ok(Some(table.texts(table.column(self.text_col.as_deref(), &TEXT_COLUMNS, "text")?)?))
+            }
+        });
+        if read.is_err() {
+            self.blocks = None;
+        }
+        let texts = read?;
+        let found = texts.is_some();
+        self.ready = texts.unwrap_or_default().into_iter();
+        Ok(found)
+    }
+}
+
+impl From<Vec<String>> for Texts {
+    fn from(texts: Vec<String>) -> Texts {
+        Texts { blocks: None, text_col: None, ready: texts.into_iter() }
+    }
 }
 
 /// The names in `categories.json` beside `path`, and where they come from, in words.

@@ -3,18 +3,22 @@
 //! Every tensor is read by what is stored, never by a skip list. A wrong file gives one error with every missing,
 //! extra and wrong tensor in it.
 
+mod rows;
 mod shards;
 mod tensor;
 
 use crate::atomic::Folder;
 use crate::checkpoint::Checkpoint;
-use crate::config;
+use crate::config::{self, Config};
 use crate::error::{Error, Result};
+use crate::spec::{ModelSpec, Tensor, TensorDef};
 use crate::tokenizer::TokenizerFiles;
 use serde_json::{Map, Value};
 use shards::Shards;
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+pub use rows::{RowType, Rows};
 
 /// A model directory in memory.
 #[derive(Clone, Debug)]
@@ -72,49 +76,144 @@ pub fn read_tokenizer(path: impl AsRef<Path>) -> Result<TokenizerFiles> {
 /// # Errors
 /// As [`read`].
 pub fn read_checkpoint(path: impl AsRef<Path>) -> Result<Checkpoint> {
-    let path = path.as_ref();
-    if !path.is_dir() {
-        let found = if path.exists() { "is not a folder" } else { "no such folder" };
-        return Err(Error::file(
-            path,
-            format!("{found}; expected a model directory with config.json and {WEIGHTS}"),
-        ));
-    }
-    let config_path = path.join("config.json");
-    let json = std::fs::read(&config_path).map_err(Error::io(&config_path))?;
-    let map: Map<String, Value> =
-        serde_json::from_slice(&json).map_err(|e| Error::file(&config_path, format!("not a JSON object: {e}")))?;
-    let shards = Shards::open(path)?;
-    assemble(map, &shards, &config_path, path)
+    Source::open(path)?.checkpoint()
 }
 
-fn assemble(map: Map<String, Value>, shards: &Shards, config_path: &Path, path: &Path) -> Result<Checkpoint> {
-    let config = config::parse(&map, &shards.shapes(), config_path)?;
-    let mut reader = tensor::Reader::new(shards, &config);
-    let table = config.spec.tensors();
-    let mut stored = table.iter().map(|def| reader.read(def)).collect::<Vec<_>>().into_iter();
-    let problems = reader.finish();
-    if !problems.is_empty() {
+/// A model directory that is open: its shape is known, tensors are read when they are wanted.
+pub struct Source {
+    path: PathBuf,
+    json: Map<String, Value>,
+    config: Config,
+    shards: Shards,
+    table: HashMap<Tensor, TensorDef>,
+    /// Entries of the files that were asked for.
+    used: HashSet<String>,
+}
+
+impl Source {
+    /// Reads config.json and the headers of the weights.
+    ///
+    /// # Errors
+    /// A file is missing or is not what its name says, or the config is not supported.
+    pub fn open(path: impl AsRef<Path>) -> Result<Source> {
+        let path = path.as_ref();
+        if !path.is_dir() {
+            let found = if path.exists() { "is not a folder" } else { "no such folder" };
+            return Err(Error::file(
+                path,
+                format!("{found}; expected a model directory with config.json and {WEIGHTS}"),
+            ));
+        }
+        let config_path = path.join("config.json");
+        let json = std::fs::read(&config_path).map_err(Error::io(&config_path))?;
+        let json: Map<String, Value> = serde_json::from_slice(&json)
+            .map_err(|e| Error::file(&config_path, format!("not a JSON object: {e}")))?;
+        let shards = Shards::open(path)?;
+        let config = config::parse(&json, &shards.shapes(), &config_path)?;
+        let table = config.spec.tensors().into_iter().map(|def| (def.tensor, def)).collect();
+        Ok(Source { path: path.to_owned(), json, config, shards, table, used: HashSet::new() })
+    }
+
+    /// The shape.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.config.spec
+    }
+
+    /// Label names by class index.
+    pub fn labels(&self) -> &[String] {
+        &self.config.labels
+    }
+
+    /// Longest input in tokens that the model was made for, if it says so.
+    pub fn max_length(&self) -> Option<usize> {
+        self.config.max_length
+    }
+
+    /// All tensors.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the tensors.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        let mut used = HashSet::new();
+        let mut reader = tensor::Reader::new(&self.shards, &self.config, &mut used);
+        let table = self.config.spec.tensors();
+        let mut stored = table.iter().map(|def| reader.read(def)).collect::<Vec<_>>().into_iter();
+        let problems = reader.finish();
+        self.shards.release();
+        self.report(&problems)?;
+        let next = |def: &TensorDef| {
+            stored
+                .next()
+                .flatten()
+                .ok_or_else(|| Error::file(&self.path, format!("tensor {} was not read", def.name)))
+        };
+        let mut checkpoint = Checkpoint::from_fn(self.config.spec.clone(), self.config.labels.clone(), next)?;
+        checkpoint.max_length = self.config.max_length;
+        checkpoint.config = self.json.clone();
+        checkpoint.warnings = self.config.warnings.clone();
+        Ok(checkpoint)
+    }
+
+    /// Some tensors; the pages of the file that held them are given back.
+    ///
+    /// # Errors
+    /// As [`Source::checkpoint`]: what is wrong with all of them.
+    pub fn part(&mut self, tensors: &[Tensor]) -> Result<Checkpoint> {
+        let mut reader = tensor::Reader::new(&self.shards, &self.config, &mut self.used);
+        let read = |t: &Tensor| Some((*t, reader.read(self.table.get(t)?)?));
+        let read: Option<Vec<_>> = tensors.iter().map(read).collect();
+        self.shards.release();
+        match read {
+            Some(tensors) => Ok(Checkpoint::part(self.config.spec.clone(), tensors)),
+            None => Err(self.broken()),
+        }
+    }
+
+    /// The rows of a table, left in the file; nothing if they are stored in a way that has no rows of bytes.
+    ///
+    /// # Errors
+    /// A float that is not finite, or the file cannot be read.
+    pub fn rows(&mut self, tensor: Tensor) -> Result<Option<Rows>> {
+        let mut reader = tensor::Reader::new(&self.shards, &self.config, &mut self.used);
+        let rows = self.table.get(&tensor).and_then(|def| reader.rows(def));
+        self.shards.release();
+        match rows {
+            Some(rows) if !rows.is_finite()? => Err(self.broken()),
+            rows => Ok(rows),
+        }
+    }
+
+    /// That no tensor is left in the files that nobody asked for.
+    ///
+    /// # Errors
+    /// There is one.
+    pub fn finish(mut self) -> Result<()> {
+        let problems = tensor::Reader::new(&self.shards, &self.config, &mut self.used).finish();
+        self.report(&problems)
+    }
+
+    fn report(&self, problems: &[String]) -> Result<()> {
+        if problems.is_empty() {
+            return Ok(());
+        }
         let n = problems.len();
-        return Err(Error::file(
-            path,
+        Err(Error::file(
+            &self.path,
             format!(
                 "{n} {} with config.json ({} layers, {:?}):\n  {}",
                 if n == 1 { "tensor does not agree" } else { "tensors do not agree" },
-                config.spec.layers.len(),
-                config.spec.head,
+                self.config.spec.layers.len(),
+                self.config.spec.head,
                 problems.join("\n  ")
             ),
-        ));
+        ))
     }
-    let next = |def: &crate::spec::TensorDef| {
-        stored.next().flatten().ok_or_else(|| Error::file(path, format!("tensor {} was not read", def.name)))
-    };
-    let mut checkpoint = Checkpoint::from_fn(config.spec, config.labels, next)?;
-    checkpoint.max_length = config.max_length;
-    checkpoint.config = map;
-    checkpoint.warnings = config.warnings;
-    Ok(checkpoint)
+
+    /// One tensor cannot be used: the error that names all of them.
+    fn broken(&self) -> Error {
+        let changed = || Error::file(&self.path, "the weights changed while they were read");
+        self.checkpoint().err().unwrap_or_else(changed)
+    }
 }
 
 /// Writes a model directory: it appears whole or not at all.

@@ -98,6 +98,16 @@ pub trait Hook<O: Ops> {
     fn at(&mut self, ops: &mut O, at: At, x: O::Act) -> O::Act;
 }
 
+/// A hook, or none.
+impl<O: Ops, H: Hook<O>> Hook<O> for Option<H> {
+    fn at(&mut self, ops: &mut O, at: At, x: O::Act) -> O::Act {
+        match self {
+            Some(hook) => hook.at(ops, at, x),
+            None => x,
+        }
+    }
+}
+
 /// Two hooks, the first one first.
 impl<O: Ops, A: Hook<O>, B: Hook<O>> Hook<O> for (A, B) {
     fn at(&mut self, ops: &mut O, at: At, x: O::Act) -> O::Act {

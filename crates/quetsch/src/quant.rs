@@ -24,6 +24,8 @@ pub enum Scheme {
     Bf16,
     /// int8 rows, int8 per token at run time.
     Int8,
+    /// int8 rows, decoded to float: weight-only linears, embedding tables.
+    Int8Weight,
     /// int8 rows, LLM.int8(): input columns with an element >= threshold stay in float.
     BnbInt8 {
         /// Outlier threshold, 6.0 by default.
@@ -47,7 +49,8 @@ pub enum Scheme {
 
 impl Scheme {
     /// Every name that [`FromStr`] takes.
-    pub const NAMES: [&str; 8] = ["f32", "f16", "bf16", "int8", "int8-dynamic", "bnb-int8", "nf4", "fp4"];
+    pub const NAMES: [&str; 9] =
+        ["f32", "f16", "bf16", "int8", "int8-dynamic", "int8-weight", "bnb-int8", "nf4", "fp4"];
 
     /// The name, without its options.
     pub fn name(self) -> &'static str {
@@ -56,6 +59,7 @@ impl Scheme {
             Scheme::F16 => "f16",
             Scheme::Bf16 => "bf16",
             Scheme::Int8 => "int8",
+            Scheme::Int8Weight => "int8-weight",
             Scheme::BnbInt8 { .. } => "bnb-int8",
             Scheme::Nf4 { .. } => "nf4",
             Scheme::Fp4 { .. } => "fp4",
@@ -70,6 +74,7 @@ impl Scheme {
             Stored::Float { dtype: FloatType::Bf16, .. } => Scheme::Bf16,
             Stored::Int8(q) => match q.input {
                 Int8Input::Dynamic => Scheme::Int8,
+                Int8Input::Float => Scheme::Int8Weight,
                 Int8Input::Mixed { threshold } => Scheme::BnbInt8 { threshold },
             },
             Stored::FourBit(q) => {
@@ -112,7 +117,8 @@ impl FromStr for Scheme {
             "bnb-int8" => Scheme::BnbInt8 { threshold: int8::THRESHOLD },
             "nf4" => Scheme::Nf4 { double_quant, compute },
             "fp4" => Scheme::Fp4 { double_quant, compute },
-            "int8-static" | "int8-weight" => {
+            "int8-weight" => Scheme::Int8Weight,
+            "int8-static" => {
                 return Err(Error::invalid(format!("scheme {name} is planned but not built yet; int8 is")));
             }
             _ => {
@@ -140,11 +146,10 @@ pub fn site(spec: &ModelSpec, lin: Lin) -> String {
     }
 }
 
-/// What stays float unless somebody says otherwise: embeddings and LayerNorms (which no scheme quantises anyway) and
-/// the last linear, as transformers 4.57 keeps it. transformers 5 reads a skip list by suffix, so DistilBERT's
-/// `pre_classifier` stays with its `classifier`.
+/// The linears that stay float unless somebody says otherwise: the last one, as transformers 4.57 keeps it.
+/// transformers 5 reads a skip list by suffix, so DistilBERT's `pre_classifier` stays with its `classifier`.
 pub fn default_keep(spec: &ModelSpec) -> Vec<String> {
-    let mut keep = vec!["embeddings.*".to_owned(), "*.LayerNorm".to_owned()];
+    let mut keep = vec![];
     if spec.head != HeadSpec::None {
         let (dense, last) = (spec.module(Lin::HeadDense), spec.module(Lin::Classifier));
         if dense.ends_with(&last) {
@@ -176,12 +181,13 @@ fn names(spec: &ModelSpec, def: &TensorDef) -> Vec<String> {
     names
 }
 
-/// Which scheme every tensor gets: of the patterns that match a tensor's module, the last one holds. Linears that
-/// `keep` matches are not quantised, but take a dense scheme (f32, f16, bf16); so do all tensors that are no weight of
-/// a linear. None: no pattern matches.
+/// Which scheme every tensor gets: of the patterns that match a tensor's module, the last one holds. What `keep`
+/// matches is not quantised, but takes a dense scheme (f32, f16, bf16); so do biases and LayerNorms. A rule about
+/// linears says nothing about embedding tables: they are quantised by patterns that match no linear
+/// (`embeddings.*=int8`). None: no pattern matches.
 ///
 /// # Errors
-/// A pattern matches nothing.
+/// A pattern matches nothing, or an embedding table is to have a scheme that is about the input of a linear.
 pub fn assign(
     spec: &ModelSpec,
     schemes: &[(String, Scheme)],
@@ -199,14 +205,39 @@ pub fn assign(
             )));
         }
     }
-    let choose = |(names, def): (Vec<String>, TensorDef)| {
-        let kept = keep.iter().any(|k| matches(k, &names));
-        let dense_only = kept || def.role != Role::Weight || def.is_empty();
-        let fits = |s: &Scheme| s.float().is_some() || !dense_only;
-        let chosen = schemes.iter().rev().find(|(p, s)| matches(p, &names) && fits(s));
-        (def, chosen.map(|(_, s)| *s))
+    let linears = || table.iter().filter(|(_, def)| def.role == Role::Weight);
+    let about_linears: Vec<bool> =
+        schemes.iter().map(|(p, _)| linears().any(|(names, _)| matches(p, names))).collect();
+    let choose = |(names, def): &(Vec<String>, TensorDef)| {
+        let kept = keep.iter().any(|k| matches(k, names)) || def.is_empty();
+        let fits = |(i, (pattern, scheme)): &(usize, &(String, Scheme))| {
+            let quantises = match def.role {
+                Role::Weight => !kept,
+                Role::Embedding => !kept && !about_linears[*i],
+                Role::Norm | Role::Bias => false,
+            };
+            matches(pattern, names) && (scheme.float().is_some() || quantises)
+        };
+        let scheme = schemes.iter().enumerate().rev().find(fits).map(|(_, (_, scheme))| *scheme);
+        let scheme = match (def.role, scheme) {
+            (Role::Embedding, Some(Scheme::Int8)) => Some(Scheme::Int8Weight),
+            (Role::Embedding, Some(Scheme::Nf4 { double_quant, .. })) => {
+                Some(Scheme::Nf4 { double_quant, compute: Compute::F32 })
+            }
+            (Role::Embedding, Some(Scheme::Fp4 { double_quant, .. })) => {
+                Some(Scheme::Fp4 { double_quant, compute: Compute::F32 })
+            }
+            (Role::Embedding, Some(other @ Scheme::BnbInt8 { .. })) => {
+                let name = &def.name;
+                return Err(Error::invalid(format!(
+                    "{name} is looked up, not multiplied: int8 instead of {other}"
+                )));
+            }
+            (_, scheme) => scheme,
+        };
+        Ok((def.clone(), scheme))
     };
-    Ok(table.into_iter().map(choose).collect())
+    table.iter().map(choose).collect()
 }
 
 /// Stores a checkpoint's tensors in the schemes that [`assign`] gives them; those without one stay as they are.
@@ -234,7 +265,7 @@ fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme) -> Result<Stored> {
     }
     let source = if let Stored::Float { dtype, .. } = old { *dtype } else { FloatType::F32 };
     let values = ck.values(def.tensor);
-    let through_f16 = matches!(scheme, Scheme::F16 | Scheme::Int8 | Scheme::BnbInt8 { .. });
+    let through_f16 = matches!(scheme, Scheme::F16 | Scheme::Int8 | Scheme::Int8Weight | Scheme::BnbInt8 { .. });
     if through_f16 && let Some(i) = values.iter().position(|v| !FloatType::F16.round(*v).is_finite()) {
         return Err(Error::invalid(format!(
             "{}: element {i} is {}, too large for {scheme}, which goes through f16 (at most 65504); use bf16",
@@ -252,6 +283,7 @@ fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme) -> Result<Stored> {
         Scheme::F16 => dense(FloatType::F16),
         Scheme::Bf16 => dense(FloatType::Bf16),
         Scheme::Int8 => int8(Int8Input::Dynamic),
+        Scheme::Int8Weight => int8(Int8Input::Float),
         Scheme::BnbInt8 { threshold } => int8(Int8Input::Mixed { threshold }),
         Scheme::Nf4 { double_quant, compute } => four_bit(FourBitKind::Nf4, double_quant, compute),
         Scheme::Fp4 { double_quant, compute } => four_bit(FourBitKind::Fp4, double_quant, compute),

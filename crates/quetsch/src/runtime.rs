@@ -6,17 +6,24 @@
 
 pub mod classifier;
 pub mod linear;
+pub mod stream;
+mod words;
 
 use crate::batch::{Batch, Encoding};
 use crate::checkpoint::Checkpoint;
-use crate::error::Result;
+use crate::dir::Source;
+use crate::error::{Error, Result};
 use crate::ops::{Inspect, Ops, forward};
 use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
-use quetsch_kernels::{attention, math, norm, rows};
+use quetsch_kernels::{attention, int8, norm, rows};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::result::Result as Outcome;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use words::Words;
 
 pub use classifier::Classifier;
 pub use quetsch_kernels::isa::{Isa, isa};
@@ -24,7 +31,7 @@ pub use quetsch_kernels::isa::{Isa, isa};
 /// A model packed for this machine; lives in RAM only.
 pub struct Model {
     spec: ModelSpec,
-    word: Vec<f32>,
+    words: Words,
     position: Vec<f32>,
     token_type: Vec<f32>,
     norms: BTreeMap<Norm, (Vec<f32>, Vec<f32>)>,
@@ -33,25 +40,56 @@ pub struct Model {
 }
 
 impl Model {
-    /// Packs a checkpoint. The unused pooler is left out.
+    /// Packs a checkpoint in memory. The unused pooler is left out.
     pub fn pack(ck: &Checkpoint) -> Model {
-        let spec = ck.spec.clone();
-        let table = |t: Tensor| ck.values(t).into_owned();
-        let norms =
-            spec.norms().into_iter().map(|n| (n, (table(Tensor::Gamma(n)), table(Tensor::Beta(n))))).collect();
-        let qkv = (0..spec.layers.len())
-            .map(|l| Linear::pack(ck, &[Lin::Query(l), Lin::Key(l), Lin::Value(l)]))
-            .collect();
+        let Ok(model) = Model::build(&ck.spec, Words::copy(ck), |_| Ok::<_, Infallible>(Cow::Borrowed(ck)));
+        model
+    }
+
+    /// Packs an opened directory tensor by tensor, so that memory never holds the weights twice; word embeddings stay
+    /// in the file, which is kept open.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the tensors.
+    pub fn load(mut source: Source) -> Result<Model> {
+        let words = Words::open(&mut source)?;
+        let spec = source.spec().clone();
+        let model = Model::build(&spec, words, |tensors| source.part(tensors).map(Cow::Owned))?;
+        if spec.unused_pooler {
+            source.part(&[Tensor::W(Lin::UnusedPooler), Tensor::B(Lin::UnusedPooler)])?;
+        }
+        source.finish()?;
+        Ok(model)
+    }
+
+    /// `part` gives a checkpoint that has at least the tensors asked for.
+    fn build<'c, E>(
+        spec: &ModelSpec,
+        words: Words,
+        mut part: impl FnMut(&[Tensor]) -> Outcome<Cow<'c, Checkpoint>, E>,
+    ) -> Outcome<Model, E> {
+        let mut table = |t: Tensor| Ok(part(&[t])?.values(t).into_owned());
+        let mut norms = BTreeMap::new();
+        for n in spec.norms() {
+            norms.insert(n, (table(Tensor::Gamma(n))?, table(Tensor::Beta(n))?));
+        }
+        let position = table(Tensor::Position)?;
+        let token_type = if spec.token_types > 0 { table(Tensor::TokenType)? } else { vec![] };
+        let mut pack = |sites: &[Lin]| {
+            let tensors: Vec<_> = sites.iter().flat_map(|s| [Tensor::W(*s), Tensor::B(*s)]).collect();
+            Ok(Linear::pack(&*part(&tensors)?, sites))
+        };
+        let layers = 0..spec.layers.len();
+        let qkv = layers.map(|l| pack(&[Lin::Query(l), Lin::Key(l), Lin::Value(l)])).collect::<Outcome<_, E>>()?;
         let single = |s: &Lin| !matches!(s, Lin::Query(_) | Lin::Key(_) | Lin::Value(_) | Lin::UnusedPooler);
-        let linears = spec
-            .linears()
-            .into_iter()
-            .filter(|(s, ..)| single(s))
-            .map(|(s, ..)| (s, Linear::pack(ck, &[s])))
-            .collect();
-        let (word, position) = (table(Tensor::Word), table(Tensor::Position));
-        let token_type = if spec.token_types > 0 { table(Tensor::TokenType) } else { vec![] };
-        Model { spec, word, position, token_type, norms, qkv, linears }
+        let linears = spec.linears().into_iter().map(|(s, ..)| s).filter(single);
+        let linears = linears.map(|s| Ok((s, pack(&[s])?))).collect::<Outcome<_, E>>()?;
+        Ok(Model { spec: spec.clone(), words, position, token_type, norms, qkv, linears })
+    }
+
+    /// Bytes of memory that the embedding tables take now; rows of word embeddings come in as they are read.
+    pub fn embedding_bytes(&self) -> usize {
+        self.words.memory_bytes() + 4 * (self.position.len() + self.token_type.len())
     }
 
     /// The shape.
@@ -59,13 +97,26 @@ impl Model {
         &self.spec
     }
 
+    /// The linear that reads what a LayerNorm writes; the pool reads the last one.
+    fn reader(&self, site: Norm) -> Option<&Linear> {
+        match site {
+            Norm::Embeddings if self.spec.is_projected() => self.linears.get(&Lin::EmbedProjection),
+            Norm::Embeddings => self.qkv.first(),
+            Norm::Attention(l) => self.linears.get(&Lin::Up(l)),
+            Norm::Ffn(l) => self.qkv.get(l + 1),
+        }
+    }
+
     /// Logits `[sentences, labels]` of a batch, or hidden states `[tokens, hidden]` of a bare body.
-    pub fn forward(&self, ws: &mut Workspace, batch: &Batch) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// The file that holds the word embeddings cannot be read any more.
+    pub fn forward(&self, ws: &mut Workspace, batch: &Batch) -> Result<Vec<f32>> {
         let mut ops = CpuOps::new(self, ws);
         let y = forward(&mut ops, &self.spec, batch);
         let out = y.values[..y.rows * y.width].to_vec();
         ops.recycle(y);
-        out
+        ops.failed.map_or(Ok(out), Err)
     }
 
     /// Logits `[sentences, labels]` in the order given. Sentences are packed into chunks of about `CHUNK` tokens that
@@ -96,7 +147,7 @@ impl Model {
             let (mut ws, mut done) = (Workspace::default(), vec![]);
             while let Some(c) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let batch = Batch::new(&self.spec, &sentences[c.clone()])?;
-                done.push((c.start, self.forward(&mut ws, &batch)));
+                done.push((c.start, self.forward(&mut ws, &batch)?));
             }
             Ok(done)
         };
@@ -144,6 +195,41 @@ impl Workspace {
     fn bytes(&mut self, len: usize) -> Vec<i8> {
         take(&mut self.bytes, len)
     }
+
+    /// Room for `[rows, k]` as int8.
+    fn int8(&mut self, rows: usize, k: usize) -> Int8 {
+        Int8 { rows, k, q: self.bytes(rows * int8::stride(k)), scale: self.floats(rows) }
+    }
+
+    fn quantise(&mut self, values: &[f32], rows: usize, k: usize) -> Int8 {
+        let mut x = self.int8(rows, k);
+        let (q, scale) = x.parts();
+        int8::quantise(values, k, q, scale);
+        x
+    }
+
+    fn free(&mut self, x: Int8) {
+        self.bytes.push(x.q);
+        self.floats.push(x.scale);
+    }
+}
+
+/// Rows quantised to int8; its buffers may be longer.
+struct Int8 {
+    rows: usize,
+    k: usize,
+    q: Vec<i8>,
+    scale: Vec<f32>,
+}
+
+impl Int8 {
+    fn parts(&mut self) -> (&mut [i8], &mut [f32]) {
+        (&mut self.q[..self.rows * int8::stride(self.k)], &mut self.scale[..self.rows])
+    }
+
+    fn rows(&self) -> int8::Rows<'_> {
+        int8::Rows { q: &self.q[..self.rows * int8::stride(self.k)], scale: &self.scale[..self.rows] }
+    }
 }
 
 /// A ragged activation `[rows, width]`; its buffer may be longer.
@@ -151,6 +237,8 @@ pub struct Act {
     rows: usize,
     width: usize,
     values: Vec<f32>,
+    /// The same as integers, where an int8 linear reads it.
+    int8: Option<Int8>,
 }
 
 /// The forward's operations on a [`Model`].
@@ -159,26 +247,55 @@ pub struct CpuOps<'a> {
     ws: &'a mut Workspace,
     /// Row borders of the sequences in the activations: LLM.int8() looks for outliers within one.
     starts: Vec<usize>,
+    /// Operations cannot fail, reading word embeddings can: told by [`Model::forward`] when all is done.
+    failed: Option<Error>,
 }
 
 impl<'a> CpuOps<'a> {
     /// Ready for one batch after the other.
     pub fn new(model: &'a Model, ws: &'a mut Workspace) -> CpuOps<'a> {
-        CpuOps { model, ws, starts: vec![] }
+        CpuOps { model, ws, starts: vec![], failed: None }
     }
 
     fn recycle(&mut self, x: Act) {
         self.ws.floats.push(x.values);
+        if let Some(x) = x.int8 {
+            self.ws.free(x);
+        }
     }
 
-    /// f(x W^T + b).
-    fn project(&mut self, linear: &Linear, x: &Act, f: Activation) -> Act {
-        let mut values = self.ws.floats(x.rows * linear.n());
-        let out = &mut values[..x.rows * linear.n()];
-        let input = Input { values: &x.values[..x.rows * x.width], rows: x.rows, starts: &self.starts };
-        linear.run(&input, self.ws, out);
-        math::bias_activation(out, linear.bias(), f);
-        Act { rows: x.rows, width: linear.n(), values }
+    /// f(x W^T + b), and the same quantised for a reader of integers.
+    fn project(&mut self, linear: &Linear, x: &Act, f: Activation, reader: Option<&Linear>) -> Act {
+        let (rows, width) = (x.rows, linear.n());
+        let mut values = self.ws.floats(rows * width);
+        let input = Input {
+            values: &x.values[..rows * x.width],
+            int8: x.int8.as_ref().map(Int8::rows),
+            rows,
+            starts: &self.starts,
+        };
+        linear.run(&input, f, self.ws, &mut values[..rows * width]);
+        self.finish(rows, width, values, reader)
+    }
+
+    /// An activation, quantised where its reader wants integers.
+    fn finish(&mut self, rows: usize, width: usize, values: Vec<f32>, reader: Option<&Linear>) -> Act {
+        let wanted = reader.is_some_and(Linear::reads_int8);
+        let int8 = wanted.then(|| self.ws.quantise(&values[..rows * width], rows, width));
+        Act { rows, width, values, int8 }
+    }
+
+    /// LayerNorm(x + residual).
+    fn normalise(&mut self, site: Norm, mut x: Act, residual: &[f32]) -> Act {
+        let model = self.model;
+        let (gamma, beta) = &model.norms[&site];
+        if model.reader(site).is_some_and(Linear::reads_int8) {
+            x.int8 = Some(self.ws.int8(x.rows, x.width));
+        }
+        let int8 = x.int8.as_mut().map(Int8::parts);
+        let values = &mut x.values[..x.rows * x.width];
+        norm::add_layer_norm(values, residual, gamma, beta, model.spec.norm_eps, int8);
+        x
     }
 }
 
@@ -190,20 +307,23 @@ impl Ops for CpuOps<'_> {
         self.starts.clone_from(&batch.starts);
         let mut values = self.ws.floats(rows * width);
         let x = &mut values[..rows * width];
-        let tables = rows::Tables { word: &m.word, position: &m.position, token_type: &m.token_type, width };
-        rows::embed(tables, &batch.ids, &batch.types, &batch.positions, x);
-        let (gamma, beta) = &m.norms[&Norm::Embeddings];
-        norm::layer_norm(x, gamma, beta, m.spec.norm_eps);
-        Act { rows, width, values }
+        if let Err(error) = m.words.gather(&batch.ids, width, x) {
+            x.fill(0.0);
+            self.failed = Some(error);
+        }
+        let tables = rows::Tables { position: &m.position, token_type: &m.token_type, width };
+        rows::add_embeddings(tables, &batch.types, &batch.positions, x);
+        self.normalise(Norm::Embeddings, Act { rows, width, values, int8: None }, &[])
     }
 
     fn qkv(&mut self, l: usize, x: &Act) -> Act {
         let model = self.model;
-        self.project(&model.qkv[l], x, Activation::Identity)
+        self.project(&model.qkv[l], x, Activation::Identity, None)
     }
 
     fn attention(&mut self, l: usize, qkv: Act, batch: &Batch) -> Act {
-        let heads = Heads { count: self.model.spec.layers[l].heads.len(), dim: self.model.spec.head_dim };
+        let model = self.model;
+        let heads = Heads { count: model.spec.layers[l].heads.len(), dim: model.spec.head_dim };
         let (rows, width) = (qkv.rows, qkv.width / 3);
         let longest = batch.ranges().map(|s| s.len()).max().unwrap_or(0);
         let mut values = self.ws.floats(rows * width);
@@ -211,27 +331,31 @@ impl Ops for CpuOps<'_> {
         attention::attention(&qkv.values, heads, &batch.starts, &mut values, &mut scratch);
         self.ws.floats.push(scratch);
         self.recycle(qkv);
-        Act { rows, width, values }
+        self.finish(rows, width, values, model.linears.get(&Lin::Out(l)))
     }
 
     fn ffn_up(&mut self, l: usize, x: &Act) -> Act {
         let model = self.model;
-        self.project(&model.linears[&Lin::Up(l)], x, model.spec.ffn_activation)
+        let down = model.linears.get(&Lin::Down(l));
+        self.project(&model.linears[&Lin::Up(l)], x, model.spec.ffn_activation, down)
     }
 
     fn linear(&mut self, site: Lin, x: Act, f: Activation) -> Act {
         let model = self.model;
-        let y = self.project(&model.linears[&site], &x, f);
+        let reader = match site {
+            Lin::EmbedProjection => model.qkv.first(),
+            Lin::HeadDense => model.linears.get(&Lin::Classifier),
+            _ => None,
+        };
+        let y = self.project(&model.linears[&site], &x, f, reader);
         self.recycle(x);
         y
     }
 
-    fn add_norm(&mut self, site: Norm, mut x: Act, residual: Act) -> Act {
-        let (gamma, beta) = &self.model.norms[&site];
-        let len = x.rows * x.width;
-        norm::add_layer_norm(&mut x.values[..len], &residual.values[..len], gamma, beta, self.model.spec.norm_eps);
+    fn add_norm(&mut self, site: Norm, x: Act, residual: Act) -> Act {
+        let y = self.normalise(site, x, &residual.values[..residual.rows * residual.width]);
         self.recycle(residual);
-        x
+        y
     }
 
     fn pool(&mut self, how: Pool, x: Act, batch: &Batch) -> Act {
@@ -241,7 +365,8 @@ impl Ops for CpuOps<'_> {
         self.recycle(x);
         self.starts.clear();
         self.starts.extend(0..=rows);
-        Act { rows, width, values }
+        let model = self.model;
+        self.finish(rows, width, values, model.linears.get(&Lin::HeadDense))
     }
 }
 
@@ -251,7 +376,12 @@ impl Inspect for CpuOps<'_> {
     }
 
     fn scale_columns(&mut self, _at: At, mut x: Act, scale: &[f32]) -> Act {
-        rows::scale_columns(&mut x.values[..x.rows * x.width], x.width, scale);
+        let values = &mut x.values[..x.rows * x.width];
+        rows::scale_columns(values, x.width, scale);
+        if let Some(int8) = &mut x.int8 {
+            let (q, row_scale) = int8.parts();
+            int8::quantise(values, x.width, q, row_scale);
+        }
         x
     }
 }

@@ -191,6 +191,8 @@ pub enum Tensor {
     W(Lin),
     /// Bias of a linear. `[out]`
     B(Lin),
+    /// Of training alone, in no model's table: maps a student's activations to its teacher's width. `[to, from]`
+    Projection(usize),
 }
 
 /// What a tensor is for.
@@ -332,6 +334,7 @@ impl ModelSpec {
             Tensor::Beta(n) => format!("{}.bias", self.norm_name(n)),
             Tensor::W(s) => format!("{}.weight", self.module(s)),
             Tensor::B(s) => format!("{}.bias", self.module(s)),
+            Tensor::Projection(i) => format!("projection.{i}.weight"),
         }
     }
 

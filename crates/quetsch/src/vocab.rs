@@ -62,7 +62,7 @@ fn needed(tokenizer: &Tokenizer, texts: &[impl AsRef<str> + Sync], threads: usiz
 
 /// The checkpoint with these rows of the word table, in this order.
 fn keep_rows(parent: &Checkpoint, kept: &[u32]) -> Result<Checkpoint> {
-    let (width, spec) = (parent.spec.hidden, ModelSpec { vocab: kept.len(), ..parent.spec.clone() });
+    let (width, spec) = (parent.spec.embedding(), ModelSpec { vocab: kept.len(), ..parent.spec.clone() });
     let mut child = Checkpoint::from_fn(spec, parent.labels.clone(), |def| match parent.get(def.tensor) {
         stored if def.tensor != Tensor::Word => Ok(stored.clone()),
         Stored::Float { dtype, data } => {

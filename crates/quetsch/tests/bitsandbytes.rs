@@ -184,3 +184,61 @@ fn patterns_choose_and_keep_protects() {
         assert!(name.parse::<Scheme>().unwrap_err().to_string().contains(message));
     }
 }
+
+#[test]
+fn embedding_rows_are_quantised_by_patterns_about_them_alone() {
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let rules = |r: &[(&str, &str)]| -> Vec<(String, Scheme)> {
+        r.iter().map(|(p, s)| (p.to_string(), s.parse().unwrap())).collect()
+    };
+    let scheme = |r: &[(&str, &str)], keep: &[String], t| {
+        Scheme::of(quantise(&source, &rules(r), keep).unwrap().get(t)).name()
+    };
+    type Rules<'a> = &'a [(&'a str, &'a str)];
+    let table: [(Rules, &[String], Tensor, &str); 6] = [
+        (&[("*", "int8")], &[], Tensor::Word, "f32"),
+        (&[("*", "nf4"), ("embeddings.*", "int8")], &[], Tensor::Word, "int8-weight"),
+        (&[("*", "nf4"), ("embeddings.*", "int8")], &[], Tensor::Gamma(quetsch::spec::Norm::Embeddings), "f32"),
+        (&[("*", "f16"), ("embeddings.word*", "nf4")], &[], Tensor::Word, "nf4"),
+        (&[("*", "f16"), ("embeddings.word*", "nf4")], &[], Tensor::Position, "f16"),
+        (&[("*", "bf16"), ("embeddings.*", "int8")], &["*word*".into()], Tensor::Word, "bf16"),
+    ];
+    for (r, keep, tensor, expected) in table {
+        assert_eq!(scheme(r, keep, tensor), expected, "{r:?} {keep:?} {tensor:?}");
+    }
+    let refused = quantise(&source, &rules(&[("embeddings.*", "bnb-int8")]), &[]).unwrap_err().to_string();
+    assert!(refused.contains("looked up"), "{refused}");
+}
+
+/// Every row of an int8 table is within half a step of what it was, and the file says which table is in which scheme;
+/// nothing of it is for bitsandbytes.
+#[test]
+fn quantised_embeddings_survive_the_file() {
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let temporary = tempfile::tempdir().unwrap();
+    for name in ["int8", "nf4"] {
+        let rules = [("embeddings.*".to_owned(), name.parse().unwrap())];
+        let checkpoint = quantise(&source, &rules, &default_keep(&source.spec)).unwrap();
+        let out = temporary.path().join(name);
+        let model = ModelDir { checkpoint, tokenizer: TokenizerFiles::default() };
+        dir::write(&out, &model, false).unwrap();
+        let read = dir::read_checkpoint(&out).unwrap();
+        for ((def, ours), (_, stored)) in model.checkpoint.tensors().zip(read.tensors()) {
+            assert!(ours == stored, "{name} {}", def.name);
+        }
+        let config = std::fs::read_to_string(out.join("config.json")).unwrap();
+        assert!(config.contains("backbone.embeddings.word_embeddings\": \""), "{config}");
+        assert!(!config.contains("quantization_config"), "{config}");
+        let width = source.spec.embedding();
+        for t in [Tensor::Word, Tensor::Position, Tensor::TokenType] {
+            let (was, is) = (source.values(t), read.values(t));
+            let largest = was.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+            for (was, is) in was.chunks(width).zip(is.chunks(width)) {
+                let absmax = was.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+                // int8: half a step and the rounding to f16; NF4: half the widest gap (0.3) and the scales' own rounding.
+                let bound = if name == "int8" { absmax * (0.5 / 127.0 + 1e-3) } else { 0.2 * largest };
+                assert!(was.iter().zip(is).all(|(a, b)| (a - b).abs() <= bound), "{name} {t:?}");
+            }
+        }
+    }
+}

@@ -102,11 +102,19 @@ fn other_families_survive_every_stage() {
         assert_ne!(dense.checkpoint.spec.layers, model.checkpoint.spec.layers);
         assert!(worst(&logits(&dense), &want) < 1e-5, "{name}");
         let keep = quant::default_keep(&model.checkpoint.spec);
-        for (scheme, tolerance) in [("f16", 0.05), ("int8", 0.5), ("bnb-int8", 0.5), ("nf4", 6.0)] {
-            let scheme = ("*".to_owned(), scheme.parse().unwrap());
+        for (site, scheme, tolerance) in [
+            ("*", "f16", 0.05),
+            ("*", "int8", 0.5),
+            ("*", "int8-weight", 0.5),
+            ("*", "bnb-int8", 0.5),
+            ("*", "nf4", 6.0),
+            ("embeddings.*", "int8", 0.5),
+            ("embeddings.*", "nf4", 6.0),
+        ] {
+            let scheme = (site.to_owned(), scheme.parse().unwrap());
             let quantised = quant::quantise(&model.checkpoint, std::slice::from_ref(&scheme), &keep).unwrap();
             let far = worst(&logits(&with(quantised)), &want);
-            assert!(far > 0.0 && far < tolerance, "{name} {}: {far}", scheme.1);
+            assert!(far > 0.0 && far < tolerance, "{name} {site} {}: {far}", scheme.1);
         }
         // A new head of either kind, and from there on as BERT.
         for kind in [HeadKind::Mean, HeadKind::Pooler] {
@@ -154,6 +162,22 @@ fn quantised_models_give_the_logits_of_bitsandbytes() {
         assert!(far < tolerance, "{name} {key}: {far}");
         assert_eq!(got, c.logits(&texts, 2).unwrap(), "{name}: an answer depends on its neighbours");
     }
+}
+
+/// A linear and an embedding table of int8 rows that nothing multiplies in integers compute as their decoded values.
+#[test]
+fn weight_only_int8_is_its_decoded_values() {
+    let student = dir::read(fixture("tiny_student")).unwrap();
+    let (texts, ..) = cases(&json("tiny_student_expected.json"));
+    let rules = ["*=int8-weight", "embeddings.*=int8"].map(|r| r.split_once('=').unwrap());
+    let rules = rules.map(|(site, scheme)| (site.to_owned(), scheme.parse().unwrap()));
+    let checkpoint = quant::quantise(&student.checkpoint, &rules, &[]).unwrap();
+    let decoded = checkpoint.to_f32();
+    let logits = |checkpoint| {
+        let model = dir::ModelDir { checkpoint, tokenizer: student.tokenizer.clone() };
+        Classifier::new(&model, Some(16)).unwrap().logits(&texts, 1).unwrap()
+    };
+    assert_eq!(logits(checkpoint), logits(decoded));
 }
 
 /// The integer path is the dequantised one up to the rounding of the activations.

@@ -4,9 +4,11 @@ use crate::ui::{Ui, mb};
 use crate::work::corpus::disk_bytes;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::dir;
 use quetsch::prune::dense;
 use quetsch::quant::{self, Scheme};
+use quetsch::spec::{Role, TensorDef};
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -58,14 +60,24 @@ pub fn run(e: &Export, ui: &Ui) -> Result<()> {
         Target::BnbInt8 => Some("bnb-int8".parse()?),
         Target::BnbNf4 => Some("nf4".parse()?),
     };
-    let stored_so = |ck: &quetsch::checkpoint::Checkpoint| {
-        ck.tensors().all(|(_, t)| Scheme::of(t).float().is_some() || Some(Scheme::of(t)) == scheme)
+    let linear = |d: &TensorDef| d.role == Role::Weight;
+    let stored_so = |ck: &Checkpoint| {
+        let mut linears = ck.tensors().filter(|(d, _)| linear(d)).map(|(_, t)| Scheme::of(t));
+        scheme.is_some() && linears.all(|s| s.float().is_some() || Some(s) == scheme)
     };
-    if e.layout == Layout::Dense || !stored_so(&model.checkpoint) || scheme.is_none() {
+    if e.layout == Layout::Dense || !stored_so(&model.checkpoint) {
         if model.checkpoint.is_quantised() {
             ui.warn("the model is quantised: its weights are exported as they are after rounding");
         }
         model.checkpoint = model.checkpoint.to_f32();
+    }
+    // No other program reads quantised tables.
+    for def in model.checkpoint.spec.tensors().into_iter().filter(|d| d.role == Role::Embedding) {
+        if !matches!(model.checkpoint.get(def.tensor), Stored::Float { .. }) {
+            ui.note(format!("{}: decoded to f32, because no other program reads it quantised", def.name));
+            let values = model.checkpoint.values(def.tensor).into_owned();
+            model.checkpoint.set(def.tensor, Stored::f32(values));
+        }
     }
     if e.layout == Layout::Dense {
         model.checkpoint = dense(&model.checkpoint)?;

@@ -19,6 +19,7 @@ pub use bench::Latency;
 pub use bench::Speed;
 pub use run::expected;
 
+use crate::logs::Logs;
 use crate::recipe::Kind;
 use crate::settings;
 use crate::ui::Ui;
@@ -62,6 +63,16 @@ pub enum Command {
     Completions(shell::Completions),
     /// Print the manual page
     Man,
+}
+
+impl Command {
+    /// How the command logs.
+    pub fn logs(&self) -> Logs {
+        match self {
+            Command::Serve(s) => s.logs(),
+            _ => Logs::default(),
+        }
+    }
 }
 
 /// Runs a command.

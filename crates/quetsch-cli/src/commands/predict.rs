@@ -5,12 +5,13 @@ use crate::exit::usage;
 use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::Args;
-use quetsch::data;
+use quetsch::data::Texts;
 use quetsch::metrics::{softmax, top_k};
 use quetsch::runtime::Classifier;
+use quetsch::runtime::stream::stream;
 use serde::Serialize;
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Flags of `predict`.
 #[derive(Debug, Args)]
@@ -65,9 +66,6 @@ pub fn guesses<'a>(logits: &[f32], labels: &'a [String], k: usize) -> Vec<Guess<
     top_k(logits, k).into_iter().map(|i| Guess { label: &labels[i], score: scores[i] }).collect()
 }
 
-/// Texts are answered in parts of this many, so that results appear while the rest is computed.
-const PART: usize = 512;
-
 /// Runs `predict`.
 pub fn run(p: &Predict, ui: &Ui) -> Result<()> {
     let classifier = Classifier::load(&p.model, p.max_length)?;
@@ -79,61 +77,82 @@ pub fn run(p: &Predict, ui: &Ui) -> Result<()> {
         Some(k) => k,
         None => 3.min(labels.len()),
     };
-    let texts = match (&p.input, p.text.is_empty()) {
-        (Some(path), _) => data::read_texts(Some(path), p.text_col.as_deref())?,
-        (None, false) => p.text.clone(),
-        (None, true) if std::io::stdin().is_terminal() => {
-            return Err(usage("no text: give some as arguments, --input FILE, or pipe them in"));
+    let show = |texts: &[String], logits: &[f32]| -> Result<String> {
+        let mut shown = String::new();
+        for (text, row) in texts.iter().zip(logits.chunks(labels.len())) {
+            let answer = Answer { text, predictions: guesses(row, labels, k), logits: p.logits.then_some(row) };
+            shown += &match ui.format {
+                Format::Human => human(&answer),
+                Format::Jsonl => serde_json::to_string(&answer)? + "\n",
+                Format::Json => {
+                    let json = serde_json::to_string_pretty(&answer)?;
+                    format!("  {},\n", json.replace('\n', "\n  "))
+                }
+                Format::Csv => {
+                    let columns = answer.predictions.iter().flat_map(|g| [g.label.into(), g.score.to_string()]);
+                    csv_line(std::iter::once(text.clone()).chain(columns))?
+                }
+            };
         }
-        (None, true) => data::read_texts(Some(Path::new("-")), p.text_col.as_deref())?,
+        Ok(shown)
     };
-    let mut csv = csv::Writer::from_writer(vec![]);
-    if ui.format == Format::Csv {
-        let columns = (1..=k).flat_map(|i| [format!("label_{i}"), format!("score_{i}")]);
-        csv.write_record(std::iter::once("text".to_string()).chain(columns))?;
+    let mut document = Document { format: ui.format, columns: k, begun: false, held: String::new() };
+    if p.input.is_none() && !p.text.is_empty() {
+        document.add(show(&p.text, &classifier.logits(&p.text, ui.threads(None))?)?)?;
+        return document.end();
     }
-    let mut all = vec![];
-    for part in texts.chunks(PART) {
-        let logits = classifier.logits(part, ui.threads(None))?;
-        let answers = part.iter().zip(logits.chunks(labels.len())).map(|(text, row)| Answer {
-            text,
-            predictions: guesses(row, labels, k),
-            logits: p.logits.then_some(row),
-        });
-        match ui.format {
-            Format::Human => ui::out(&answers.map(|a| human(&a)).collect::<String>())?,
-            Format::Jsonl => {
-                let mut lines = String::new();
-                for answer in answers {
-                    lines += &(serde_json::to_string(&answer)? + "\n");
-                }
-                ui::out(&lines)?;
+    if p.input.is_none() && std::io::stdin().is_terminal() {
+        return Err(usage("no text: give some as arguments, --input FILE, or pipe them in"));
+    }
+    let texts = Texts::open(p.input.as_deref(), p.text_col.as_deref())?;
+    let answer = |texts: Vec<String>, logits: Vec<f32>| show(&texts, &logits);
+    stream(&classifier, texts, ui.threads(None), answer, |shown| document.add(shown?))?;
+    document.end()
+}
+
+/// What stands around the answers: brackets and commas of a JSON list, the header of a CSV file.
+struct Document {
+    format: Format,
+    columns: usize,
+    begun: bool,
+    /// JSON: the comma and line break after the last answer, until another one comes.
+    held: String,
+}
+
+impl Document {
+    fn add(&mut self, mut answers: String) -> Result<()> {
+        self.begin()?;
+        if self.format == Format::Json && !answers.is_empty() {
+            let tail = answers.split_off(answers.len() - ",\n".len());
+            answers.insert_str(0, &std::mem::replace(&mut self.held, tail));
+        }
+        ui::out(&answers)
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        match (self.format, std::mem::replace(&mut self.begun, true)) {
+            (Format::Json, false) => ui::out("[\n"),
+            (Format::Csv, false) => {
+                let columns = (1..=self.columns).flat_map(|i| [format!("label_{i}"), format!("score_{i}")]);
+                ui::out(&csv_line(std::iter::once("text".to_string()).chain(columns))?)
             }
-            Format::Json => {
-                for answer in answers {
-                    all.push(serde_json::to_value(&answer)?);
-                }
-            }
-            Format::Csv => {
-                for a in answers {
-                    let columns = a.predictions.iter().flat_map(|g| [g.label.to_string(), g.score.to_string()]);
-                    csv.write_record(std::iter::once(a.text.to_string()).chain(columns))?;
-                }
-                csv.flush()?;
-                ui::out(&String::from_utf8_lossy(csv.get_ref()))?;
-                csv = csv::Writer::from_writer(vec![]);
-            }
+            _ => Ok(()),
         }
     }
-    match ui.format {
-        Format::Json => ui::out(&(serde_json::to_string_pretty(&all)? + "\n")),
-        // With no text at all there is still the header.
-        Format::Csv if texts.is_empty() => {
-            csv.flush()?;
-            ui::out(&String::from_utf8_lossy(csv.get_ref()))
+
+    fn end(mut self) -> Result<()> {
+        self.begin()?;
+        match self.format {
+            Format::Json => ui::out("\n]\n"),
+            _ => Ok(()),
         }
-        _ => Ok(()),
     }
+}
+
+fn csv_line(fields: impl Iterator<Item = String>) -> Result<String> {
+    let mut line = csv::Writer::from_writer(vec![]);
+    line.write_record(fields)?;
+    Ok(String::from_utf8(line.into_inner()?)?)
 }
 
 /// A text and its labels for people.

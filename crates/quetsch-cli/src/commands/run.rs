@@ -169,7 +169,7 @@ fn expected_bytes(kind: &Kind, spec: &ModelSpec) -> u64 {
     };
     let bits = |scheme: Option<Scheme>| match scheme {
         Some(Scheme::F16 | Scheme::Bf16) => 16,
-        Some(Scheme::Int8 | Scheme::BnbInt8 { .. }) => 8,
+        Some(Scheme::Int8 | Scheme::Int8Weight | Scheme::BnbInt8 { .. }) => 8,
         Some(Scheme::Nf4 { .. } | Scheme::Fp4 { .. }) => 4,
         Some(Scheme::F32) | None => 32,
     };

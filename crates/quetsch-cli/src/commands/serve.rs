@@ -1,10 +1,12 @@
 //! `quetsch serve`: flags for the server in `quetsch_serve`.
 
+use crate::logs::Logs;
 use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::{ArgAction, Args};
-use quetsch_serve::{ApiKey, Config, Limits, ModelSource};
-use std::net::{IpAddr, SocketAddr};
+use quetsch_serve::{ApiKey, Config, HeaderValue, Limits, Listening, ModelSource, TlsFiles};
+use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Flags of `serve`.
@@ -19,6 +21,21 @@ pub struct Serve {
     /// Port; 0 for any free one, which is printed
     #[arg(long, default_value_t = 3000)]
     port: u16,
+    /// Port for gRPC (Open Inference Protocol v2); 0 for any free one, which is printed
+    #[arg(long, value_name = "PORT")]
+    grpc_port: Option<u16>,
+    /// Certificate chain, PEM: HTTPS, and gRPC over TLS
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Look every so many seconds whether a model directory has changed, and load it again; SIGHUP does so at once
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    reload_interval: Option<u64>,
+    /// Origin of web pages that may use this server, as https://example.com; may be given several times
+    #[arg(long, value_name = "ORIGIN", value_parser = origin)]
+    cors_allow_origin: Vec<HeaderValue>,
     /// Longest text in tokens [default: what the model says, else 256]
     #[arg(long, value_name = "TOKENS")]
     max_length: Option<usize>,
@@ -43,6 +60,24 @@ pub struct Serve {
     /// Key that clients must send as `Authorization: Bearer KEY`; better given as QUETSCH_API_KEY
     #[arg(long, value_name = "KEY", value_parser = key)]
     api_key: Option<ApiKey>,
+    /// Log one JSON object a line, with times
+    #[arg(long)]
+    json_output: bool,
+    /// Send a span of every request to an OpenTelemetry collector, as http://localhost:4318/v1/traces
+    #[cfg(feature = "otlp")]
+    #[arg(long, value_name = "URL")]
+    otlp_endpoint: Option<String>,
+}
+
+impl Serve {
+    /// How it logs.
+    pub fn logs(&self) -> Logs {
+        Logs {
+            json: self.json_output,
+            #[cfg(feature = "otlp")]
+            otlp: self.otlp_endpoint.clone(),
+        }
+    }
 }
 
 // `Command` wants it; by hand, so that not even a key's hash is printed.
@@ -59,11 +94,24 @@ fn key(text: &str) -> Result<ApiKey, String> {
     }
 }
 
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    match text.split_once("://") {
+        Some(("http" | "https", host)) if !host.is_empty() && !host.contains('/') => {
+            HeaderValue::from_str(text).map_err(|e| e.to_string())
+        }
+        _ => Err("expected an origin such as https://example.com".into()),
+    }
+}
+
 /// Runs `serve`.
 pub fn run(s: &Serve, ui: &Ui) -> Result<()> {
     let mut config = Config::new(s.model.iter().map(|m| ModelSource::parse(m)).collect());
     config.host = s.host;
     config.port = s.port;
+    config.grpc_port = s.grpc_port;
+    config.tls = s.tls_cert.clone().zip(s.tls_key.clone()).map(|(cert, key)| TlsFiles { cert, key });
+    config.reload_interval = s.reload_interval.map(Duration::from_secs);
+    config.cors_allow_origin = s.cors_allow_origin.clone();
     config.threads = ui.threads(None);
     config.max_length = s.max_length;
     config.auto_truncate = s.auto_truncate;
@@ -79,11 +127,13 @@ pub fn run(s: &Serve, ui: &Ui) -> Result<()> {
     if s.api_key.is_none() && !s.host.is_loopback() {
         ui.warn(format!("{} can be reached by others, and no --api-key is set", s.host));
     }
-    let human = ui.human();
-    let listening = |address: SocketAddr| {
-        let line = match human {
-            true => format!("listening on http://{address}\n"),
-            false => format!("{}\n", serde_json::json!({ "listening": format!("http://{address}") })),
+    let (human, scheme) = (ui.human(), if config.tls.is_some() { "https" } else { "http" });
+    let listening = move |at: Listening| {
+        let http = format!("{scheme}://{}", at.http);
+        let line = match (human, at.grpc) {
+            (true, None) => format!("listening on {http}\n"),
+            (true, Some(grpc)) => format!("listening on {http}, gRPC on {grpc}\n"),
+            (false, grpc) => format!("{}\n", serde_json::json!({ "listening": http, "grpc": grpc })),
         };
         let _ = ui::out(&line); // nobody reads it: no reason to stop
     };

@@ -6,7 +6,7 @@ mod search;
 mod training;
 
 pub use search::{Search, Space};
-pub use training::{ClassWeights, Kd, KeepEpoch, Schedule, Training};
+pub use training::{ClassWeights, Kd, KeepEpoch, Measure, Precision, Qkv, Schedule, Training};
 
 use crate::values::{Amount, SiteRule};
 use crate::work::report::Lang;
@@ -304,13 +304,13 @@ pub struct Quantize {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// Scheme: f64, f16, bf16, int8, bnb-int8, nf4 or fp4
+    /// Scheme: f32, f16, bf16, int8, int8-weight, bnb-int8, nf4 or fp4
     #[arg(long, value_name = "SCHEME", default_value_t = Quantize::default().quant)]
     pub quant: String,
     /// Sites left in float, besides the last linear of the model; `none` quantises that one too
     #[arg(long, value_delimiter = ',', value_name = "SITE")]
     pub keep: Vec<String>,
-    /// Another scheme for some sites, later rules win: SITE=SCHEME
+    /// Another scheme for some sites, later rules win: SITE=SCHEME, such as embeddings.*=int8
     #[arg(long, value_delimiter = ',', value_name = "SITE=SCHEME")]
     pub site: Vec<SiteRule>,
     /// 4-bit: store block scales as f32 instead of quantising them too

@@ -5,7 +5,8 @@ use super::*;
 #[test]
 fn defaults_are_clean_and_ranges_are_checked() {
     let errors = |f: Vec<Finding>| f.iter().filter(|f| f.level == Level::Error).count();
-    let distill = |alpha, temperature| Distill { kd: Kd { alpha, temperature }, ..Default::default() };
+    let distill =
+        |alpha, temperature| Distill { kd: Kd { alpha, temperature, ..Default::default() }, ..Default::default() };
     let rows = [
         (distill(0.3, 3.0), 0, 0),
         (distill(0.2, 2.0), 0, 0),

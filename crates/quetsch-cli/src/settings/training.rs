@@ -2,6 +2,7 @@
 
 use super::Check;
 use clap::{Args, ValueEnum};
+use quetsch_train::LayerMap;
 use serde::{Deserialize, Serialize};
 
 /// How the learning rate falls after the warm-up.
@@ -39,6 +40,30 @@ pub enum ClassWeights {
     Balanced,
     /// By the root of that.
     Sqrt,
+}
+
+/// What the matrix products of training are computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// bf16 where this CPU multiplies it faster than f32, else f32.
+    #[default]
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// Inputs rounded to bfloat16, sums in f32; weights and the optimiser stay f32.
+    Bf16,
+}
+
+impl Precision {
+    /// What this CPU trains in.
+    pub fn here(self) -> quetsch_train::Precision {
+        match self {
+            Precision::F32 => quetsch_train::Precision::F32,
+            Precision::Bf16 => quetsch_train::Precision::Bf16,
+            Precision::Auto => quetsch_train::Precision::fastest(),
+        }
+    }
 }
 
 /// The settings of the one training loop.
@@ -85,6 +110,9 @@ pub struct Training {
     /// Dropout in the classification head
     #[arg(long, default_value_t = Training::default().head_dropout)]
     pub head_dropout: f64,
+    /// What matrix products are computed in: bf16 where this CPU is faster at it (auto), f32 or bf16
+    #[arg(long, value_enum, default_value_t = Training::default().precision)]
+    pub precision: Precision,
     /// Leave tensors unchanged whose name contains one of these, such as word_embeddings
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     pub freeze: Vec<String>,
@@ -122,6 +150,7 @@ impl Default for Training {
             clip: 1.0,
             dropout: 0.1,
             head_dropout: 0.2,
+            precision: Precision::Auto,
             freeze: vec![],
             max_length: 256,
             keep: KeepEpoch::Last,
@@ -172,8 +201,8 @@ impl Training {
     }
 }
 
-/// Knowledge distillation from logits: alpha * CE + (1 - alpha) * T^2 * KL(student/T || teacher/T) (Hinton et al.
-/// 2015).
+/// Knowledge distillation: alpha * CE + (1 - alpha) * T^2 * KL(teacher/T || student/T) (Hinton et al. 2015), and beside
+/// them, each with a weight of its own, what student and teacher differ in inside.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Kd {
@@ -183,17 +212,117 @@ pub struct Kd {
     /// Temperature that softens both distributions
     #[arg(long, default_value_t = Kd::default().temperature)]
     pub temperature: f64,
+    /// Weight of the distance between the logits, beside the two
+    #[arg(long, value_name = "WEIGHT", default_value_t = Kd::default().logits)]
+    pub logits: f64,
+    /// That distance
+    #[arg(long, value_enum, default_value_t = Measure::Mse)]
+    pub logits_loss: Measure,
+    /// Weight of the distance between hidden states, layer to layer
+    #[arg(long, value_name = "WEIGHT", default_value_t = Kd::default().hidden)]
+    pub hidden: f64,
+    /// Weight of the distance between embeddings
+    #[arg(long, value_name = "WEIGHT", default_value_t = Kd::default().embeddings)]
+    pub embeddings: f64,
+    /// The distance of hidden states and embeddings
+    #[arg(long, value_enum, default_value_t = Measure::Mse)]
+    pub hidden_loss: Measure,
+    /// Which student layer learns from which teacher layers: uniform, mean, last, or pairs from 0 (0:1,1:2+3)
+    #[arg(long, value_name = "MAP", default_value_t = LayerMap::Uniform)]
+    pub hidden_map: LayerMap,
+    /// Weight of the divergence between attention maps
+    #[arg(long, value_name = "WEIGHT", default_value_t = Kd::default().attention)]
+    pub attention: f64,
+    /// Layers whose attention maps are compared: uniform, last, or pairs
+    #[arg(long, value_name = "MAP", default_value_t = LayerMap::Uniform)]
+    pub attention_map: LayerMap,
+    /// Weight of the divergence between relations of queries, of keys and of values
+    #[arg(long, value_name = "WEIGHT", default_value_t = Kd::default().relations)]
+    pub relations: f64,
+    /// Which of the three have relations
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kd::default().relations_of)]
+    pub relations_of: Vec<Qkv>,
+    /// Heads that relations are cut into on both sides [default: the teacher's attention heads]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relation_heads: Option<usize>,
+    /// Layers whose relations are compared: uniform, last, or pairs
+    #[arg(long, value_name = "MAP", default_value_t = LayerMap::Last)]
+    pub relations_map: LayerMap,
+}
+
+/// How far two rows of numbers lie apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Measure {
+    /// Mean of the squared differences.
+    #[default]
+    Mse,
+    /// Mean of the absolute differences.
+    L1,
+    /// 1 - cosine.
+    Cosine,
+}
+
+/// What attention is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Qkv {
+    /// Queries.
+    Query,
+    /// Keys.
+    Key,
+    /// Values.
+    Value,
 }
 
 impl Default for Kd {
     fn default() -> Self {
-        Kd { alpha: 0.3, temperature: 3.0 }
+        Kd {
+            alpha: 0.3,
+            temperature: 3.0,
+            logits: 0.0,
+            logits_loss: Measure::Mse,
+            hidden: 0.0,
+            embeddings: 0.0,
+            hidden_loss: Measure::Mse,
+            hidden_map: LayerMap::Uniform,
+            attention: 0.0,
+            attention_map: LayerMap::Uniform,
+            relations: 0.0,
+            relations_of: vec![Qkv::Query, Qkv::Key, Qkv::Value],
+            relation_heads: None,
+            relations_map: LayerMap::Last,
+        }
     }
 }
 
 impl Kd {
     pub(super) fn check_into(&self, c: &mut Check) {
         let (a, t) = (self.alpha, self.temperature);
+        let weights = [
+            ("logits", self.logits),
+            ("hidden", self.hidden),
+            ("embeddings", self.embeddings),
+            ("attention", self.attention),
+            ("relations", self.relations),
+        ];
+        for (key, w) in weights {
+            c.error(w.is_finite() && w >= 0.0, key, || format!("is {w}, must be 0 or more"));
+        }
+        let maps = [
+            ("hidden-map", &self.hidden_map, self.hidden, Kd::default().hidden_map),
+            ("attention-map", &self.attention_map, self.attention, Kd::default().attention_map),
+            ("relations-map", &self.relations_map, self.relations, Kd::default().relations_map),
+        ];
+        for (key, map, weight, default) in maps {
+            let part = key.trim_end_matches("-map");
+            c.error(*map == default || weight != 0.0, key, || {
+                format!("is {map}, but `{part}` is no part of the loss: set it to a weight above 0")
+            });
+        }
+        c.error(self.relation_heads != Some(0), "relation-heads", || "is 0, must be at least 1".into());
+        c.error(!self.relations_of.is_empty(), "relations-of", || "is empty: name query, key or value".into());
         c.range("alpha", a, 0.0, 1.0);
         c.warn(!(0.0..=1.0).contains(&a) || (0.2..=0.5).contains(&a), "alpha", || {
             format!("is {a}; values from 0.2 to 0.5 usually work best")

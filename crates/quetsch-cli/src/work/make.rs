@@ -2,9 +2,10 @@
 
 use super::corpus::{self, Training as Corpus};
 use super::fit::{self, Encoded, Fit, Trained};
+use super::teacher::{Inside, soft};
 use super::{Job, Made, round};
 use crate::recipe::Kind;
-use crate::settings::{self, ComputeType, Data, Distill, Head, Kd, Prune, Quantize, Score, Train, Training, Vocab};
+use crate::settings::{self, ComputeType, Data, Distill, Head, Prune, Quantize, Score, Train, Training, Vocab};
 use crate::ui::{Ui, percent};
 use crate::values::{Amount, Place};
 use anyhow::{Context, Result, bail};
@@ -20,7 +21,7 @@ use quetsch::spec::ModelSpec;
 use quetsch::tokenizer::Tokenizer;
 use quetsch::vocab;
 use quetsch_train::scores::{Sample, ffn_scores, head_scores};
-use quetsch_train::{ClassWeights, Hard, Objective, Soft, TrainSet};
+use quetsch_train::{ClassWeights, Hard, Objective, TrainSet};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -58,12 +59,7 @@ fn train(job: &Job, s: &Train, key: &str, ui: &Ui) -> Result<Made> {
     let objective = Objective::CrossEntropy(hard(&s.training, &weights));
     let run = Run { job, corpus: &corpus, encoded: &encoded, model: &model, settings: &s.training, key };
     let (trained, report) = run.fit(&start, objective, ui)?;
-    Ok(Made {
-        checkpoint: trained.checkpoint,
-        tokenizer: model.tokenizer,
-        report,
-        files: vec![("metrics.jsonl", trained.metrics)],
-    })
+    Ok(Made { checkpoint: trained.checkpoint, tokenizer: model.tokenizer, report, files: trained.files })
 }
 
 /// Training data in the model's own label order if they fit it, else in their own: a model fine-tuned for something
@@ -98,19 +94,16 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
         None if s.layers.is_empty() => teacher.checkpoint.to_f32(),
         None => prune::keep_layers(&teacher.checkpoint.to_f32(), &s.layers)?,
     };
+    let inside = Inside::new(&s.kd, &teacher.checkpoint, &start.spec)?;
     let corpus = corpus::training(job.data, &teacher.checkpoint.labels, job.seed, ui)?;
     let encoded = fit::encode(&corpus, &teacher.tokenizer, s.training.max_length, job.threads)?;
     let run = Run { job, corpus: &corpus, encoded: &encoded, model: &teacher, settings: &s.training, key };
     let teacher_logits = run.teacher_logits(&teacher.checkpoint, "teacher", ui)?;
     let weights = class_weights(&s.training, &corpus);
-    let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &teacher_logits));
+    let features = inside.as_ref().map(|i| i.features(&encoded.train));
+    let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &teacher_logits, features));
     let (trained, report) = run.fit(&start, objective, ui)?;
-    Ok(Made {
-        checkpoint: trained.checkpoint,
-        tokenizer: teacher.tokenizer,
-        report,
-        files: vec![("metrics.jsonl", trained.metrics)],
-    })
+    Ok(Made { checkpoint: trained.checkpoint, tokenizer: teacher.tokenizer, report, files: trained.files })
 }
 
 fn class_weights(s: &Training, corpus: &Corpus) -> Vec<f32> {
@@ -124,10 +117,6 @@ fn class_weights(s: &Training, corpus: &Corpus) -> Vec<f32> {
 
 fn hard<'a>(s: &Training, class_weights: &'a [f32]) -> Hard<'a> {
     Hard { label_smoothing: s.label_smoothing as f32, class_weights }
-}
-
-fn soft<'a>(s: &Kd, logits: &'a [f32]) -> Soft<'a> {
-    Soft { alpha: s.alpha as f32, temperature: s.temperature as f32, logits }
 }
 
 /// Teacher and student must read the same ids and mean the same labels.
@@ -171,18 +160,19 @@ fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
     let run = Run { job, corpus: &corpus, encoded: &encoded, model: &model, settings: &s.training, key };
     let teacher = match job.inputs.get("teacher") {
-        _ if !learns => vec![],
         Some(path) => {
             let teacher = read_model(path, ui)?;
             same_language(&teacher, &model, "teacher", "model")?;
-            run.teacher_logits(&teacher.checkpoint, "teacher", ui)?
+            Some(teacher.checkpoint)
         }
-        None => run.teacher_logits(&model.checkpoint, "model", ui)?,
+        None => None,
     };
+    let (teacher, role) = teacher.as_ref().map_or((&model.checkpoint, "model"), |t| (t, "teacher"));
+    let logits = if learns { run.teacher_logits(teacher, role, ui)? } else { vec![] };
     let weights = class_weights(&s.training, &corpus);
-    let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &teacher));
+    let objective = |features| Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &logits, features));
     let scores = match s.score {
-        Score::Gradient if needs_scores(s) => run.gradient_scores(s, &parent, &objective, ui)?,
+        Score::Gradient if needs_scores(s) => run.gradient_scores(s, &parent, &objective(None), ui)?,
         _ => scores_by_weight(s, &parent),
     };
     let plan = plan(s, &parent, scores)?;
@@ -211,8 +201,10 @@ fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     let (checkpoint, mut report, mut files) = match s.training.epochs {
         0 => (cut, Map::new(), vec![]),
         _ => {
-            let (trained, report) = run.fit(&cut, objective, ui)?;
-            (trained.checkpoint, report, vec![("metrics.jsonl", trained.metrics)])
+            let inside = Inside::new(&s.kd, teacher, &cut.spec)?;
+            let features = inside.as_ref().map(|i| i.features(&encoded.train));
+            let (trained, report) = run.fit(&cut, objective(features), ui)?;
+            (trained.checkpoint, report, trained.files)
         }
     };
     report.insert("plan".into(), json!(plan.to_string()));
@@ -292,14 +284,19 @@ fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
     let floats = sites.iter().filter(|(_, s)| matches!(s.as_str(), Some("f32" | "f16" | "bf16")));
     let kept: Vec<_> = floats.map(|(site, _)| site.clone()).collect();
     let name = &s.quant;
+    let words = Scheme::of(checkpoint.get(quetsch::spec::Tensor::Word)).name();
     ui.note(format!(
-        "{}: {} of {} linears in {name}; in float: {}",
+        "{}: {} of {} linears in {name}; in float: {}; word embeddings in {words}",
         job.id,
         sites.len() - kept.len(),
         sites.len(),
         if kept.is_empty() { "none".into() } else { kept.join(", ") }
     ));
-    let report = Map::from_iter([("quant".to_string(), json!(name)), ("sites".to_string(), Value::Object(sites))]);
+    let report = Map::from_iter([
+        ("quant".to_string(), json!(name)),
+        ("embeddings".to_string(), json!(words)),
+        ("sites".to_string(), Value::Object(sites)),
+    ]);
     Ok(Made { checkpoint, tokenizer: model.tokenizer, report, files: vec![] })
 }
 

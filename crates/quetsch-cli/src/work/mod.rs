@@ -3,6 +3,7 @@
 
 pub mod compare;
 pub mod corpus;
+mod events;
 pub mod fit;
 pub mod gate;
 pub mod machine;
@@ -13,6 +14,7 @@ pub mod pipeline;
 pub mod provenance;
 pub mod report;
 pub mod search;
+mod teacher;
 
 use crate::exit::usage;
 use crate::recipe::Kind;

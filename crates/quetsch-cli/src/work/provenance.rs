@@ -2,6 +2,7 @@
 //! own provenance has nothing to do. No time, no path: those stand in `report.json`.
 
 use super::corpus::hash_of;
+use crate::settings::Precision;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -38,6 +39,11 @@ impl Provenance {
             anyhow::bail!("settings of {stage} are not an object");
         };
         settings.retain(|k, _| !NOT_CONTENT.contains(&k.as_str()));
+        // What `auto` means depends on the CPU, and the result on what it means.
+        if let Some(precision) = settings.get_mut("precision") {
+            let chosen: Precision = serde_json::from_value(precision.clone())?;
+            *precision = chosen.here().name().into();
+        }
         let tool = concat!("quetsch ", env!("CARGO_PKG_VERSION")).to_string();
         let (version, stage) = (1, stage.to_string());
         let key = hash_of(&[

@@ -1,13 +1,16 @@
 //! A real server on loopback with the tiny student, and a client that speaks just enough HTTP.
+#![allow(dead_code)] // every test file uses its own part
+#![allow(missing_docs)]
 
-use quetsch_serve::{Config, Limits, ModelSource, serve};
+use quetsch_serve::{Config, Limits, Listening, ModelSource, serve};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 pub fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
@@ -16,17 +19,25 @@ pub fn fixture(name: &str) -> PathBuf {
 /// A server; stops when dropped.
 pub struct Server {
     pub address: SocketAddr,
+    pub grpc: Option<SocketAddr>,
+    reload: Arc<Notify>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<quetsch::Result<()>>>,
 }
 
-/// `tiny` and `bert` on two workers, ready.
-pub fn start(change: impl FnOnce(&mut Config)) -> Server {
+/// `tiny` and `bert` on two workers, on any free port.
+pub fn config() -> Config {
     let source = |name: &str, dir: &str| ModelSource { name: name.into(), path: fixture(dir) };
     let mut config = Config::new(vec![source("tiny", "tiny_student"), source("bert", "tiny_bert")]);
     config.port = 0;
     config.threads = 2;
     config.limits = Limits { drain_timeout: Duration::from_secs(5), ..Limits::default() };
+    config
+}
+
+/// A server with that, ready.
+pub fn start(change: impl FnOnce(&mut Config)) -> Server {
+    let mut config = config();
     change(&mut config);
     let server = start_cold(config).expect("an address");
     let begin = Instant::now();
@@ -41,13 +52,17 @@ pub fn start(change: impl FnOnce(&mut Config)) -> Server {
 pub fn start_cold(config: Config) -> quetsch::Result<Server> {
     let (stop, stopped) = oneshot::channel::<()>();
     let (tell, told) = std::sync::mpsc::channel();
+    let reload = Arc::new(Notify::new());
+    let reloads = reload.clone();
     let thread = std::thread::spawn(move || {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        let listening = move |address| tell.send(address).expect("the test waits");
-        runtime.block_on(serve(config, listening, async { drop(stopped.await) }))
+        let listening = move |at| tell.send(at).expect("the test waits");
+        runtime.block_on(serve(config, listening, async { drop(stopped.await) }, reloads))
     });
     match told.recv() {
-        Ok(address) => Ok(Server { address, stop: Some(stop), thread: Some(thread) }),
+        Ok(Listening { http, grpc }) => {
+            Ok(Server { address: http, grpc, reload, stop: Some(stop), thread: Some(thread) })
+        }
         Err(_) => Err(thread.join().expect("no panic").expect_err("it ended without listening")),
     }
 }
@@ -56,6 +71,11 @@ impl Server {
     /// Asks it to stop.
     pub fn stop(&mut self) {
         drop(self.stop.take());
+    }
+
+    /// As SIGHUP does.
+    pub fn reload(&self) {
+        self.reload.notify_one();
     }
 
     /// Stops and waits for the end.
@@ -92,11 +112,12 @@ impl Drop for Server {
 }
 
 /// What came back.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Response {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: String,
+    pub bytes: Vec<u8>,
 }
 
 impl Response {
@@ -108,8 +129,12 @@ impl Response {
     }
 }
 
+/// What HTTP can be spoken over.
+pub trait Stream: Read + Write + Send {}
+impl<T: Read + Write + Send> Stream for T {}
+
 /// One connection, kept alive.
-pub struct Client(BufReader<TcpStream>);
+pub struct Client(BufReader<Box<dyn Stream>>);
 
 pub const JSON: (&str, &str) = ("Content-Type", "application/json");
 
@@ -117,11 +142,26 @@ impl Client {
     pub fn new(stream: TcpStream) -> Client {
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
         stream.set_nodelay(true).expect("no delay");
-        Client(BufReader::new(stream))
+        Client::over(stream)
+    }
+
+    pub fn over(stream: impl Stream + 'static) -> Client {
+        Client(BufReader::new(Box::new(stream)))
     }
 
     pub fn write(&mut self, bytes: &[u8]) {
         self.0.get_mut().write_all(bytes).expect("written");
+    }
+
+    /// Whether a request gets no answer, only an end.
+    pub fn silent(mut self) -> bool {
+        self.head("GET", "/health", &[], 0);
+        self.read().is_none()
+    }
+
+    /// Whether everything went out.
+    pub fn try_write(&mut self, bytes: &[u8]) -> bool {
+        self.0.get_mut().write_all(bytes).is_ok()
     }
 
     pub fn head(&mut self, method: &str, path: &str, headers: &[(&str, &str)], length: usize) {
@@ -155,11 +195,12 @@ impl Client {
                 None => break,
             }
         }
-        let mut response = Response { status, headers, body: String::new() };
+        let mut response = Response { status, headers, body: String::new(), bytes: vec![] };
         let length: usize = response.header("content-length").map_or(0, |l| l.parse().expect("a length"));
         let mut body = vec![0; length];
         self.0.read_exact(&mut body).ok()?;
-        response.body = String::from_utf8(body).expect("UTF-8");
+        response.body = String::from_utf8_lossy(&body).into_owned();
+        response.bytes = body;
         Some(response)
     }
 }

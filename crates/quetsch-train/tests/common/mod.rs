@@ -5,7 +5,7 @@
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec, RobertaLike, Tensor, TensorDef};
-use quetsch_train::{Dropout, FitSettings, Schedule};
+use quetsch_train::{Dropout, FitSettings, Precision, Schedule};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -151,5 +151,6 @@ pub fn settings() -> FitSettings {
         freeze: vec![],
         seed: 7,
         threads: 2,
+        precision: Precision::F32,
     }
 }

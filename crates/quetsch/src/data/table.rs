@@ -1,5 +1,8 @@
-//! CSV, TSV and JSONL files as one table of strings, with the line each row starts at.
+//! Text, CSV, TSV and JSONL files as tables of strings, with the line each row starts at: whole, or block by block as
+//! they are read.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use csv::{ReaderBuilder, StringRecord};
@@ -7,7 +10,205 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-/// A file's rows.
+/// How a file is cut into rows.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// One text a line, blank ones too.
+    Lines,
+    /// With this delimiter; without one the first block tells.
+    Delimited(Option<u8>),
+    JsonLines,
+}
+
+/// Bytes read at a time.
+const BLOCK: usize = 1 << 16;
+
+/// A file that is read block by block.
+pub(super) struct Blocks {
+    path: PathBuf,
+    kind: Kind,
+    source: Box<dyn Read + Send>,
+    /// What was read and is in no row yet.
+    pending: Vec<u8>,
+    /// Where `pending` starts in the file: line (from 1) and byte (from 0).
+    line: usize,
+    byte: usize,
+    columns: Vec<String>,
+    /// Something is wrong, and the rest of the file says what.
+    to_the_end: bool,
+    ended: bool,
+}
+
+impl Blocks {
+    /// Opens a file of a kind that its extension tells.
+    pub(super) fn open(path: &Path) -> Result<Blocks> {
+        let kind = match extension(path).as_str() {
+            "csv" => Kind::Delimited(None),
+            "tsv" => Kind::Delimited(Some(b'\t')),
+            "jsonl" | "ndjson" => Kind::JsonLines,
+            other => {
+                let found = if other.is_empty() { "none".into() } else { format!(".{other}") };
+                let message =
+                    format!("the extension tells the format: expected .csv, .tsv or .jsonl, found {found}");
+                return Err(Error::file(path, message));
+            }
+        };
+        Ok(Blocks::new(path, kind, Box::new(File::open(path).map_err(Error::io(path))?)))
+    }
+
+    /// Lines of text; `path` is for messages.
+    pub(super) fn lines(path: &Path, source: Box<dyn Read + Send>) -> Blocks {
+        Blocks::new(path, Kind::Lines, source)
+    }
+
+    fn new(path: &Path, kind: Kind, source: Box<dyn Read + Send>) -> Blocks {
+        let path = path.to_path_buf();
+        let (pending, columns) = (Vec::new(), Vec::new());
+        Blocks { path, kind, source, pending, line: 1, byte: 0, columns, to_the_end: false, ended: false }
+    }
+
+    /// The next rows, at least one; what has not arrived yet (of a pipe) is not waited for. Nothing at the end.
+    pub(super) fn next(&mut self) -> Result<Option<Table>> {
+        while !self.ended {
+            self.ended = !self.fill()?;
+            if self.to_the_end && !self.ended {
+                continue;
+            }
+            let whole = match self.ended {
+                true => self.pending.len(),
+                false => self.pending.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1),
+            };
+            let mut pending = std::mem::take(&mut self.pending);
+            let bom = if self.byte == 0 && whole > 0 && pending.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
+            let content = utf8(&self.path, &pending[bom..whole], self.line, self.byte + bom)?;
+            let (rows, used) = match self.kind {
+                Kind::Lines => {
+                    let row = |(line, text): (usize, &str)| Row { line, cells: vec![Ok(text.to_string())] };
+                    ((self.line..).zip(content.lines()).map(row).collect(), content.len())
+                }
+                Kind::Delimited(_) => self.delimited(content)?,
+                Kind::JsonLines => (self.json_lines(content)?, content.len()),
+            };
+            self.line += newlines(&content[..used]);
+            if whole > 0 {
+                self.byte += bom + used;
+                pending.drain(..bom + used);
+            }
+            self.pending = pending;
+            if !rows.is_empty() {
+                return Ok(Some(Table { path: self.path.clone(), columns: self.columns.clone(), rows }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads once; whether there was anything.
+    fn fill(&mut self) -> Result<bool> {
+        let old = self.pending.len();
+        self.pending.resize(old + BLOCK.max(old), 0); // a row longer than a block is not looked at too often
+        let read = loop {
+            match self.source.read(&mut self.pending[old..]) {
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                result => break result.map_err(Error::io(&self.path))?,
+            }
+        };
+        self.pending.truncate(old + read);
+        Ok(read > 0)
+    }
+    /// Whether a row is a line of text, and there are no columns.
+    pub(super) fn is_lines(&self) -> bool {
+        self.kind == Kind::Lines
+    }
+
+    /// That there is no row, for a file that has to have one.
+    pub(super) fn no_row(&self) -> Error {
+        let message = match (self.kind, self.columns.is_empty()) {
+            (Kind::Lines, _) => "no text in it; expected one text a line",
+            (_, true) => "the file is empty; expected at least one row",
+            (_, false) => "a header and no rows; expected at least one row",
+        };
+        Error::file(&self.path, message)
+    }
+
+    /// The records of a block, and how many bytes they are: before the end of the file the last one may go on in the
+    /// next block.
+    fn delimited(&mut self, content: &str) -> Result<(Vec<Row>, usize)> {
+        let delimiter = match self.kind {
+            Kind::Delimited(Some(delimiter)) => delimiter,
+            _ if content.is_empty() => return Ok((Vec::new(), 0)),
+            _ => sniff_delimiter(content),
+        };
+        self.kind = Kind::Delimited(Some(delimiter));
+        let mut reader = reader(content, delimiter);
+        let mut record = StringRecord::new();
+        let mut rows = Vec::new();
+        // The reader counts a record's line from the end of the last one, before blank lines; we count ourselves.
+        let (mut line, mut counted, mut last, mut any) = (self.line, 0, 0, false);
+        loop {
+            let from = reader.position().byte() as usize;
+            if !reader.read_record(&mut record).map_err(|e| Error::file(&self.path, e.to_string()))? {
+                break;
+            }
+            let blank = content[from..].len() - content[from..].trim_start_matches(['\r', '\n']).len();
+            last = from + blank;
+            line += newlines(&content[counted..last]);
+            (counted, any) = (last, true);
+            if !self.ended && reader.position().byte() as usize >= content.len() {
+                return Ok((rows, last));
+            }
+            if self.columns.is_empty() {
+                self.columns = record.iter().map(|name| name.trim().to_string()).collect();
+                continue;
+            }
+            if record.len() != self.columns.len() {
+                if !self.ended {
+                    self.to_the_end = true;
+                    return Ok((rows, last));
+                }
+                unclosed_quote(&self.path, &content[last..], delimiter, line)?;
+                let message = format!(
+                    "line {line}: expected {} fields as in the header, found {}; a field that holds the delimiter \
+                     `{}` must be in double quotes",
+                    self.columns.len(),
+                    record.len(),
+                    (delimiter as char).escape_default()
+                );
+                return Err(Error::file(&self.path, message));
+            }
+            rows.push(Row { line, cells: record.iter().map(|cell| Ok(cell.to_string())).collect() });
+        }
+        if self.ended && any {
+            unclosed_quote(&self.path, &content[last..], delimiter, line)?;
+        }
+        Ok((rows, content.len()))
+    }
+
+    /// The columns are the keys of the first object; others are not looked at.
+    fn json_lines(&mut self, content: &str) -> Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        for (line, json) in (self.line..).zip(content.lines()).filter(|(_, json)| !json.trim().is_empty()) {
+            let mut object: Map<String, Value> = serde_json::from_str(json).map_err(|e| {
+                Error::file(&self.path, format!("line {line}: expected one JSON object a line: {e}"))
+            })?;
+            if self.columns.is_empty() {
+                self.columns = object.keys().cloned().collect();
+            }
+            let cells = self.columns.iter().map(|key| match object.remove(key) {
+                Some(Value::String(text)) => Ok(text),
+                Some(Value::Number(number)) => Ok(number.to_string()),
+                Some(Value::Bool(truth)) => Ok(truth.to_string()),
+                Some(Value::Null) => Err("null"),
+                Some(Value::Array(_)) => Err("a list"),
+                Some(Value::Object(_)) => Err("an object"),
+                None => Err("missing"),
+            });
+            rows.push(Row { line, cells: cells.collect() });
+        }
+        Ok(rows)
+    }
+}
+
+/// Rows of a file.
 pub(super) struct Table {
     pub(super) path: PathBuf,
     pub(super) columns: Vec<String>,
@@ -27,26 +228,12 @@ type Cell = std::result::Result<String, &'static str>;
 impl Table {
     /// Reads a file of a kind that its extension tells; at least one row.
     pub(super) fn read(path: &Path) -> Result<Table> {
-        let read = || utf8(path, std::fs::read(path).map_err(Error::io(path))?);
-        let (columns, rows) = match extension(path).as_str() {
-            "csv" => {
-                let content = read()?;
-                delimited(path, &content, sniff_delimiter(&content))?
-            }
-            "tsv" => delimited(path, &read()?, b'\t')?,
-            "jsonl" | "ndjson" => json_lines(path, &read()?)?,
-            other => {
-                let found = if other.is_empty() { "none".into() } else { format!(".{other}") };
-                let message =
-                    format!("the extension tells the format: expected .csv, .tsv or .jsonl, found {found}");
-                return Err(Error::file(path, message));
-            }
-        };
-        if rows.is_empty() {
-            let found = if columns.is_empty() { "the file is empty" } else { "a header and no rows" };
-            return Err(Error::file(path, format!("{found}; expected at least one row")));
+        let mut blocks = Blocks::open(path)?;
+        let Some(mut all) = blocks.next()? else { return Err(blocks.no_row()) };
+        while let Some(more) = blocks.next()? {
+            all.rows.extend(more.rows);
         }
-        Ok(Table { path: path.to_path_buf(), columns, rows })
+        Ok(all)
     }
 
     /// The column called `wanted`, or without it the first of the `usual` names that the file has.
@@ -92,20 +279,16 @@ pub(super) fn extension(path: &Path) -> String {
     path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
 }
 
-/// The bytes as text without a byte order mark, or where they stop being UTF-8.
-pub(super) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
-    let mut content = String::from_utf8(bytes).map_err(|e| {
-        let (before, after) = e.as_bytes().split_at(e.utf8_error().valid_up_to());
-        let line = 1 + before.iter().filter(|&&b| b == b'\n').count();
+/// The bytes as text, or where they stop being UTF-8. They start at `line` (from 1) and `byte` (from 0) of the file.
+fn utf8<'a>(path: &Path, bytes: &'a [u8], line: usize, byte: usize) -> Result<&'a str> {
+    std::str::from_utf8(bytes).map_err(|e| {
+        let (before, after) = bytes.split_at(e.valid_up_to());
+        let line = line + before.iter().filter(|&&b| b == b'\n').count();
         let column = 1 + before.iter().rev().take_while(|&&b| b != b'\n').count();
         let found = after.first().copied().unwrap_or(0);
-        let place = format!("line {line}, byte {column} of it (byte {} of the file)", before.len() + 1);
+        let place = format!("line {line}, byte {column} of it (byte {} of the file)", byte + before.len() + 1);
         Error::file(path, format!("{place}: 0x{found:02x} is not UTF-8; save the file as UTF-8"))
-    })?;
-    if content.starts_with('\u{feff}') {
-        content.drain(..'\u{feff}'.len_utf8());
-    }
-    Ok(content)
+    })
 }
 
 /// Spreadsheets write `.csv` with `;` or tabs in some countries: the delimiter that cuts the header into most columns.
@@ -120,46 +303,6 @@ fn reader(content: &str, delimiter: u8) -> csv::Reader<&[u8]> {
     ReaderBuilder::new().delimiter(delimiter).has_headers(false).flexible(true).from_reader(content.as_bytes())
 }
 
-fn delimited(path: &Path, content: &str, delimiter: u8) -> Result<(Vec<String>, Vec<Row>)> {
-    let mut reader = reader(content, delimiter);
-    let mut record = StringRecord::new();
-    let mut columns: Option<Vec<String>> = None;
-    let mut rows = Vec::new();
-    // The reader counts a record's line from the end of the last one, before blank lines; we count ourselves.
-    let (mut line, mut counted, mut last) = (1, 0, 0);
-    loop {
-        let from = reader.position().byte() as usize;
-        if !reader.read_record(&mut record).map_err(|e| Error::file(path, e.to_string()))? {
-            break;
-        }
-        let blank = content[from..].len() - content[from..].trim_start_matches(['\r', '\n']).len();
-        last = from + blank;
-        line += newlines(&content[counted..last]);
-        counted = last;
-        let Some(columns) = &columns else {
-            columns = Some(record.iter().map(|name| name.trim().to_string()).collect());
-            continue;
-        };
-        if record.len() != columns.len() {
-            unclosed_quote(path, &content[last..], delimiter, line)?;
-            let message = format!(
-                "line {line}: expected {} fields as in the header, found {}; a field that holds the delimiter `{}` \
-                 must be in double quotes",
-                columns.len(),
-                record.len(),
-                (delimiter as char).escape_default()
-            );
-            return Err(Error::file(path, message));
-        }
-        rows.push(Row { line, cells: record.iter().map(|cell| Ok(cell.to_string())).collect() });
-    }
-    let Some(columns) = columns else {
-        return Ok((Vec::new(), rows));
-    };
-    unclosed_quote(path, &content[last..], delimiter, line)?;
-    Ok((columns, rows))
-}
-
 /// A quote that is never closed swallows the rest of the file, and the csv crate does not mind. It is open when a line
 /// put after the last record does not become a record of its own.
 fn unclosed_quote(path: &Path, from_last_record: &str, delimiter: u8, line: usize) -> Result<()> {
@@ -172,27 +315,4 @@ fn unclosed_quote(path: &Path, from_last_record: &str, delimiter: u8, line: usiz
 
 fn newlines(content: &str) -> usize {
     content.bytes().filter(|&b| b == b'\n').count()
-}
-
-/// The columns are the keys of the first object; others are not looked at.
-fn json_lines(path: &Path, content: &str) -> Result<(Vec<String>, Vec<Row>)> {
-    let (mut columns, mut rows) = (Vec::new(), Vec::new());
-    for (line, json) in (1..).zip(content.lines()).filter(|(_, json)| !json.trim().is_empty()) {
-        let mut object: Map<String, Value> = serde_json::from_str(json)
-            .map_err(|e| Error::file(path, format!("line {line}: expected one JSON object a line: {e}")))?;
-        if rows.is_empty() {
-            columns = object.keys().cloned().collect();
-        }
-        let cells = columns.iter().map(|key| match object.remove(key) {
-            Some(Value::String(text)) => Ok(text),
-            Some(Value::Number(number)) => Ok(number.to_string()),
-            Some(Value::Bool(truth)) => Ok(truth.to_string()),
-            Some(Value::Null) => Err("null"),
-            Some(Value::Array(_)) => Err("a list"),
-            Some(Value::Object(_)) => Err("an object"),
-            None => Err("missing"),
-        });
-        rows.push(Row { line, cells: cells.collect() });
-    }
-    Ok((columns, rows))
 }

@@ -199,6 +199,42 @@ fn texts_to_predict() {
     assert!(read_texts(Some(&empty), None).unwrap_err().to_string().contains("no text in it"));
 }
 
+/// Rows that begin in one block of the file and end in another, quoted line breaks and all.
+#[test]
+fn long_files_are_read_block_by_block() {
+    let folder = tempfile::tempdir().unwrap();
+    let texts: Vec<String> = (0..20_000)
+        .map(|i| match i % 3 {
+            0 => format!("plain {i}"),
+            1 => format!("\n\nline breaks,\n\n and \"quotes\" {i}\n"),
+            _ => "x".repeat(if i == 11_000 { 300_000 } else { i % 50 }) + "y",
+        })
+        .collect();
+    let path = folder.path().join("a.csv");
+    let mut csv = csv::Writer::from_path(&path).unwrap();
+    csv.write_record(["id", "text"]).unwrap();
+    texts.iter().enumerate().for_each(|(i, t)| csv.write_record([&i.to_string(), t]).unwrap());
+    csv.into_inner().unwrap();
+    assert_eq!(read_texts(Some(&path), None).unwrap(), texts);
+    let mut parts = Texts::open(Some(&path), None).unwrap();
+    assert_eq!(parts.part(7).unwrap().unwrap(), texts[..7]);
+    assert!(parts.part(usize::MAX).unwrap().unwrap().len() < 15_000, "not all at once");
+
+    // What is wrong far behind is found, in the right line.
+    let lines = 2 + fs::read_to_string(&path).unwrap().lines().count();
+    let wrong: [(&[u8], String); 3] = [
+        (b"\n1,2,3\n4,5\n", format!("line {lines}: expected 2 fields")),
+        (b"\n1,\"open\n4,5\n", format!("line {lines}: a double quote")),
+        (b"\n1,\xff\n4,5\n", format!("line {lines}, byte 3")),
+    ];
+    for (end, message) in wrong {
+        let other = folder.path().join("b.csv");
+        fs::write(&other, [&fs::read(&path).unwrap(), end].concat()).unwrap();
+        let error = read_texts(Some(&other), None).unwrap_err().to_string();
+        assert!(error.contains(&message), "{error} has no {message}");
+    }
+}
+
 fn set(rows: &[(&str, u32)], n_labels: usize) -> Dataset {
     let (texts, labels) = rows.iter().map(|(text, label)| (text.to_string(), *label)).unzip();
     Dataset { texts, labels, names: (0..n_labels).map(|i| format!("LABEL_{i}")).collect(), warnings: Vec::new() }

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// One tensor of the file.
 #[derive(Clone, Debug)]
@@ -20,8 +21,10 @@ pub struct Entry {
     range: Range<usize>,
 }
 
-/// All safetensors files of a folder.
+/// All safetensors files of a folder. They are opened once: a file that is replaced by another of its name (written
+/// beside it and renamed) is still the old one here.
 pub struct Shards {
+    files: Vec<(Arc<File>, PathBuf)>,
     maps: Vec<Mmap>,
     entries: BTreeMap<String, Entry>,
 }
@@ -36,7 +39,7 @@ struct Index {
 impl Shards {
     pub fn open(dir: &Path) -> Result<Shards> {
         let (files, index) = find(dir)?;
-        let mut shards = Shards { maps: vec![], entries: BTreeMap::new() };
+        let mut shards = Shards { files: vec![], maps: vec![], entries: BTreeMap::new() };
         for file in files {
             shards.add(file)?;
         }
@@ -68,6 +71,7 @@ impl Shards {
             }
         }
         self.maps.push(map);
+        self.files.push((Arc::new(file), path));
         Ok(())
     }
 
@@ -77,6 +81,23 @@ impl Shards {
 
     pub fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.maps[entry.shard][entry.range.clone()]
+    }
+
+    /// The file of an entry, its path, and where in it the entry starts.
+    pub fn place(&self, entry: &Entry) -> (Arc<File>, &Path, u64) {
+        let (file, path) = &self.files[entry.shard];
+        (file.clone(), path, entry.range.start as u64)
+    }
+
+    /// Gives the memory of all pages read so far back; they are read again from the file when they are wanted again.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        for map in &self.maps {
+            // SAFETY: MADV_DONTNEED drops changes of private pages. These are never changed: the map is read-only.
+            // A kernel that refuses leaves the pages where they are.
+            #[allow(unsafe_code)]
+            let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
     }
 
     pub fn names(&self) -> impl Iterator<Item = &String> {

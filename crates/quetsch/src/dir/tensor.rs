@@ -1,11 +1,12 @@
 //! One row of the table of tensors <-> its entries in a safetensors file: plain floats, or the several entries that
 //! bitsandbytes keeps for an int8 or 4-bit weight.
 
+use super::rows::{RowType, Rows};
 use super::shards::{Entry, Shards};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::quant::{Absmax, FourBit, FourBitKind, Int8Input, Int8Rows, Scheme};
+use crate::quant::{Absmax, Compute, FourBit, FourBitKind, Int8Input, Int8Rows, Scheme};
 use crate::spec::{Role, TensorDef};
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -17,7 +18,7 @@ use std::collections::{HashMap, HashSet};
 pub struct Reader<'a> {
     shards: &'a Shards,
     config: &'a Config,
-    used: HashSet<String>,
+    used: &'a mut HashSet<String>,
     problems: Vec<String>,
 }
 
@@ -25,8 +26,9 @@ pub struct Reader<'a> {
 type Read<T> = std::result::Result<T, String>;
 
 impl<'a> Reader<'a> {
-    pub fn new(shards: &'a Shards, config: &'a Config) -> Reader<'a> {
-        Reader { shards, config, used: HashSet::new(), problems: vec![] }
+    /// `used` collects the entries that were asked for.
+    pub fn new(shards: &'a Shards, config: &'a Config, used: &'a mut HashSet<String>) -> Reader<'a> {
+        Reader { shards, config, used, problems: vec![] }
     }
 
     pub fn read(&mut self, def: &TensorDef) -> Option<Stored> {
@@ -34,15 +36,32 @@ impl<'a> Reader<'a> {
             None => Err(format!("missing {} {:?}", def.name, def.shape)),
             Some(entry) => match (entry.dtype, def.role) {
                 (Dtype::F32 | Dtype::F16 | Dtype::BF16, _) => self.float(def, entry),
-                (Dtype::I8, Role::Weight) => self.int8(def, entry).map(Stored::Int8),
-                (Dtype::U8, Role::Weight) => self.four_bit(def, entry).map(Stored::FourBit),
-                (other, Role::Weight) => {
+                (Dtype::I8, Role::Weight | Role::Embedding) => self.int8(def, entry).map(Stored::Int8),
+                (Dtype::U8, Role::Weight | Role::Embedding) => self.four_bit(def, entry).map(Stored::FourBit),
+                (other, Role::Weight | Role::Embedding) => {
                     Err(format!("{}: type {other}, expected F32, F16, BF16, I8 or U8", def.name))
                 }
                 (other, _) => Err(format!("{}: type {other}, expected F32, F16 or BF16", def.name)),
             },
         };
         read.map_err(|problem| self.problems.push(problem)).ok()
+    }
+
+    /// A table whose rows stay in the file; nothing for a type that is not stored in rows of bytes (4-bit).
+    pub fn rows(&mut self, def: &TensorDef) -> Option<Rows> {
+        let entry = self.take(&def.name)?;
+        let kind = match entry.dtype {
+            Dtype::F32 => RowType::Float(FloatType::F32),
+            Dtype::F16 => RowType::Float(FloatType::F16),
+            Dtype::BF16 => RowType::Float(FloatType::Bf16),
+            Dtype::I8 => RowType::Int8 { scb: self.int8_scales(def, entry).ok()?.0 },
+            _ => return None,
+        };
+        if matches!(kind, RowType::Float(_)) {
+            expect_shape(&def.name, &def.shape, &entry.shape).ok()?;
+        }
+        let (file, path, start) = self.shards.place(entry);
+        Some(Rows::new(file, path.to_owned(), start, def.shape[0], def.shape[1], kind))
     }
 
     /// Everything that was wrong, with the tensors that nobody asked for.
@@ -73,6 +92,13 @@ impl<'a> Reader<'a> {
     }
 
     fn int8(&mut self, def: &TensorDef, entry: &Entry) -> Read<Int8Rows> {
+        let (scb, input) = self.int8_scales(def, entry)?;
+        let values = self.shards.bytes(entry).iter().map(|&b| b as i8).collect();
+        Ok(Int8Rows { values, scb, input })
+    }
+
+    /// What stands beside the integers.
+    fn int8_scales(&mut self, def: &TensorDef, entry: &Entry) -> Read<(Vec<f32>, Int8Input)> {
         let module = def.name.trim_end_matches(".weight");
         let scb = self.f32s(&format!("{module}.SCB"), &def.shape[..1]);
         if let Some(format) = self.take(&format!("{module}.weight_format"))
@@ -80,14 +106,15 @@ impl<'a> Reader<'a> {
         {
             return Err(format!("{module}.weight_format: {:?}, expected [0] (rows)", self.shards.bytes(format)));
         }
-        expect_shape(&def.name, &def.shape, &entry.shape)?;
+        expect_shape(&def.name, &int8_shape(def), &entry.shape)?;
         let threshold = self.config.threshold;
         let input = match self.config.sites.get(module) {
+            _ if def.role == Role::Embedding => Int8Input::Float,
             Some(Scheme::Int8) => Int8Input::Dynamic,
+            Some(Scheme::Int8Weight) => Int8Input::Float,
             _ => Int8Input::Mixed { threshold },
         };
-        let values = self.shards.bytes(entry).iter().map(|&b| b as i8).collect();
-        Ok(Int8Rows { values, scb: scb?, input })
+        Ok((scb?, input))
     }
 
     fn four_bit(&mut self, def: &TensorDef, entry: &Entry) -> Read<FourBit> {
@@ -152,7 +179,11 @@ impl<'a> Reader<'a> {
                 ));
             }
         };
-        let (packed, block, compute) = (packed.to_vec(), state.blocksize, self.config.compute);
+        let compute = match def.role {
+            Role::Embedding => Compute::F32,
+            _ => self.config.compute,
+        };
+        let (packed, block) = (packed.to_vec(), state.blocksize);
         Ok(FourBit { kind, map: map?, packed, len, block, absmax, source, compute })
     }
 
@@ -184,6 +215,15 @@ const PRETRAINING: [&str; 8] = [
 /// Tensors of other tasks and buffers that stand beside a body and are none of our business.
 fn foreign(name: &str) -> bool {
     name.ends_with("position_ids") || PRETRAINING.iter().any(|p| name.starts_with(p))
+}
+
+/// The shape in the file of an int8 tensor. Embedding tables are one column, as all 4-bit tensors are: a loader that
+/// knows only float tables stops at the shape, where the true one would let it read codes as if they were weights.
+fn int8_shape(def: &TensorDef) -> Vec<usize> {
+    match def.role {
+        Role::Embedding => vec![def.len(), 1],
+        _ => def.shape.clone(),
+    }
 }
 
 fn expect_shape(name: &str, expected: &[usize], found: &[usize]) -> Read<()> {
@@ -320,6 +360,7 @@ fn u8_row<'a>(shape: Vec<usize>, bytes: impl Into<Cow<'a, [u8]>>) -> Row<'a> {
 pub fn serialize(ck: &Checkpoint) -> Result<Vec<u8>> {
     let mut rows: Vec<(String, Row)> = vec![];
     for (def, stored) in ck.tensors() {
+        let int8_shape = int8_shape(&def);
         let (name, shape) = (def.name, def.shape);
         match stored {
             Stored::Float { dtype, data } => {
@@ -334,7 +375,7 @@ pub fn serialize(ck: &Checkpoint) -> Result<Vec<u8>> {
                 let module = name.trim_end_matches(".weight");
                 rows.push((format!("{module}.SCB"), f32_row(&q.scb)));
                 rows.push((format!("{module}.weight_format"), u8_row(vec![], vec![0])));
-                rows.push((name, Row { dtype: Dtype::I8, shape, data: Payload::Int8(&q.values) }));
+                rows.push((name, Row { dtype: Dtype::I8, shape: int8_shape, data: Payload::Int8(&q.values) }));
             }
             Stored::FourBit(q) => {
                 let state = quant_state(q, &shape).into_bytes();

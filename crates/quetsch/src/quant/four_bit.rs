@@ -236,12 +236,17 @@ impl FourBit {
 
     /// `code[nibble] * absmax` in f32, rounded to the source type. `[len]`
     pub fn dequantise(&self) -> Vec<f32> {
+        self.values(0..self.len).collect()
+    }
+
+    /// As [`FourBit::dequantise`], some of the elements.
+    pub fn values(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = f32> {
         let value = |i: usize| {
             let byte = self.packed[i / 2];
             let code = if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
             self.source.round(self.map[code as usize] * self.absmax.scale(i / self.block))
         };
-        (0..self.len).map(value).collect()
+        range.map(value)
     }
 }
 

@@ -11,6 +11,8 @@ pub const THRESHOLD: f32 = 6.0;
 pub enum Int8Input {
     /// int8 per token with the row's own absmax, at run time (scheme `int8`).
     Dynamic,
+    /// Nothing: the weight is decoded to float (scheme `int8-weight`). So are the rows of an embedding table.
+    Float,
     /// LLM.int8(): as `Dynamic`, but columns with an element >= threshold are computed in float (scheme `bnb-int8`).
     Mixed {
         /// Outlier threshold, 6.0 in bitsandbytes; 0 turns outliers off.

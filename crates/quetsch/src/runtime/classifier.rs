@@ -2,8 +2,9 @@
 
 use super::Model;
 use crate::batch::Encoding;
-use crate::dir;
+use crate::dir::{self, Source};
 use crate::error::{Error, Result};
+use crate::spec::ModelSpec;
 use crate::tokenizer::Tokenizer;
 use std::path::Path;
 
@@ -22,23 +23,34 @@ impl Classifier {
     /// # Errors
     /// Whatever is wrong with the directory, or a model without a classification head.
     pub fn load(path: &Path, max_length: Option<usize>) -> Result<Classifier> {
-        Classifier::new(&dir::read(path)?, max_length).map_err(|e| Error::file(path, e.to_string()))
+        let source = Source::open(path)?;
+        let (spec, labels) = (source.spec().clone(), source.labels().to_vec());
+        let max_length = max_length.or(source.max_length());
+        has_head(&spec).map_err(|e| Error::file(path, e.to_string()))?;
+        // Half of the time until the first answer is the tokeniser's.
+        let (model, tokenizer) = std::thread::scope(|scope| {
+            let tokenizer = scope.spawn(|| Tokenizer::new(&dir::read_tokenizer(path)?));
+            let model = Model::load(source);
+            (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let (model, tokenizer) = (model?, tokenizer.map_err(|e| Error::file(path, e.to_string()))?);
+        Ok(Classifier::assemble(model, tokenizer, labels, max_length))
     }
 
-    /// As [`Classifier::load`], from a directory that is read already.
+    /// As [`Classifier::load`], from a directory that is in memory.
     ///
     /// # Errors
     /// A model without a head, a tokeniser with more ids than the model has rows.
     pub fn new(dir: &dir::ModelDir, max_length: Option<usize>) -> Result<Classifier> {
         let ck = &dir.checkpoint;
-        if ck.spec.head.labels() == 0 {
-            return Err(Error::invalid(
-                "this model has no classification head; give it one with `quetsch train --model DIR`",
-            ));
-        }
+        has_head(&ck.spec)?;
         let tokenizer = Tokenizer::new(&dir.tokenizer)?;
-        let max_length = max_length.or(ck.max_length).unwrap_or(256).min(ck.spec.longest());
-        Ok(Classifier { model: Model::pack(ck), tokenizer, labels: ck.labels.clone(), max_length })
+        Ok(Classifier::assemble(Model::pack(ck), tokenizer, ck.labels.clone(), max_length.or(ck.max_length)))
+    }
+
+    fn assemble(model: Model, tokenizer: Tokenizer, labels: Vec<String>, max_length: Option<usize>) -> Classifier {
+        let max_length = max_length.unwrap_or(256).min(model.spec().longest());
+        Classifier { model, tokenizer, labels, max_length }
     }
 
     /// Label names by class index.
@@ -75,5 +87,14 @@ impl Classifier {
     /// A tokeniser that cannot encode, or ids that the model does not have.
     pub fn logits<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<f32>> {
         self.model.logits(&self.encode(texts, threads)?, threads)
+    }
+}
+
+fn has_head(spec: &ModelSpec) -> Result<()> {
+    match spec.head.labels() {
+        0 => Err(Error::invalid(
+            "this model has no classification head; give it one with `quetsch train --model DIR`",
+        )),
+        _ => Ok(()),
     }
 }

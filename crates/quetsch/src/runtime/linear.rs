@@ -3,8 +3,8 @@
 use super::Workspace;
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::quant::four_bit::{Compute, FourBit};
-use crate::quant::int8::{Int8Input, Int8Rows};
-use crate::spec::{Lin, Tensor};
+use crate::quant::int8::Int8Input;
+use crate::spec::{Activation, Lin, Tensor};
 use quetsch_kernels::gemm::{Size, matmul};
 use quetsch_kernels::{four_bit, int8, math};
 
@@ -12,6 +12,8 @@ use quetsch_kernels::{four_bit, int8, math};
 pub struct Input<'a> {
     /// `[rows, k]`
     pub values: &'a [f32],
+    /// The same quantised, where its producer did it.
+    pub int8: Option<int8::Rows<'a>>,
     /// Rows.
     pub rows: usize,
     /// Row borders of the sequences.
@@ -20,15 +22,14 @@ pub struct Input<'a> {
 
 /// A closed set: one variant per scheme.
 enum Weight {
-    /// f32 `[k, n]`: f32, f16 and bf16 storage alike.
+    /// f32 `[k, n]`: f32, f16, bf16 and weight-only int8 storage alike.
     Dense(Vec<f32>),
     /// int8 rows; the input quantised by row at run time.
     Int8(int8::Matrix),
-    /// LLM.int8(): as `Int8`, but columns with an outlier are multiplied in float, which needs the rows as stored.
-    Mixed { matrix: int8::Matrix, rows: Int8Rows, threshold: f32 },
-    /// 4-bit blocks, decoded a panel of rows at a time, and their bias: with [`Compute::Bf16`] the sum is rounded
-    /// after it, so it cannot be added later.
-    FourBit(FourBit, Vec<f32>),
+    /// LLM.int8(): as `Int8`, but columns with an outlier are multiplied in float.
+    Mixed { matrix: int8::Matrix, threshold: f32 },
+    /// 4-bit blocks, decoded a panel of rows at a time.
+    FourBit(FourBit),
 }
 
 /// `[k]` -> `[n]`, some columns of the output.
@@ -47,38 +48,24 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Packs the linears at `sites`, which read the same input, side by side.
+    /// Packs the linears at `sites`, which read the same input, side by side; neighbours of one scheme become one
+    /// matrix.
     pub fn pack(ck: &Checkpoint, sites: &[Lin]) -> Linear {
-        let mut bias: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::B(*s)).into_owned()).collect();
-        let width = |s: Lin| ck.get(Tensor::B(s)).len();
+        let bias: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::B(*s)).into_owned()).collect();
         let k = ck.spec.linears().iter().find(|(s, ..)| *s == sites[0]).map_or(0, |(_, _, k)| *k);
-        let mut parts = vec![];
-        let dense = |s: &Lin| matches!(ck.get(Tensor::W(*s)), Stored::Float { .. });
-        if sites.iter().all(dense) {
-            parts.push(Part {
-                weight: Weight::Dense(transposed(ck, sites, k, bias.len())),
-                offset: 0,
-                n: bias.len(),
-            });
-            return Linear { parts, bias, k };
-        }
-        let mut offset = 0;
-        for &s in sites {
-            let n = width(s);
-            let weight = match ck.get(Tensor::W(s)) {
-                Stored::Float { .. } => Weight::Dense(transposed(ck, &[s], k, n)),
-                Stored::Int8(q) => {
-                    let scale = q.scb.iter().map(|s| s / 127.0).collect();
-                    let matrix = int8::Matrix::new(&q.values, scale, k);
-                    match q.input {
-                        Int8Input::Dynamic => Weight::Int8(matrix),
-                        Int8Input::Mixed { threshold } => Weight::Mixed { matrix, rows: q.clone(), threshold },
+        let (mut parts, mut offset) = (vec![], 0);
+        for group in sites.chunk_by(|a, b| one_matrix(ck.get(Tensor::W(*a)), ck.get(Tensor::W(*b)))) {
+            let n = group.iter().map(|s| ck.get(Tensor::B(*s)).len()).sum();
+            let weight = match ck.get(Tensor::W(group[0])) {
+                Stored::Float { .. } => Weight::Dense(transposed(ck, group, k, n)),
+                Stored::Int8(q) => match q.input {
+                    Int8Input::Float => Weight::Dense(transposed(ck, group, k, n)),
+                    Int8Input::Dynamic => Weight::Int8(int8_matrix(ck, group, k)),
+                    Int8Input::Mixed { threshold } => {
+                        Weight::Mixed { matrix: int8_matrix(ck, group, k), threshold }
                     }
-                }
-                Stored::FourBit(q) => {
-                    let own = bias[offset..offset + n].iter_mut().map(std::mem::take).collect();
-                    Weight::FourBit(q.clone(), own)
-                }
+                },
+                Stored::FourBit(q) => Weight::FourBit(q.clone()),
             };
             parts.push(Part { weight, offset, n });
             offset += n;
@@ -91,30 +78,59 @@ impl Linear {
         self.bias.len()
     }
 
-    /// The bias that the caller adds together with the non-linearity.
-    pub fn bias(&self) -> &[f32] {
-        &self.bias
+    /// Whether it reads its input quantised to int8.
+    pub fn reads_int8(&self) -> bool {
+        self.parts.iter().any(|p| matches!(p.weight, Weight::Int8(_)))
     }
 
-    /// out `[rows, n]` = x W^T, and what of the bias [`Linear::bias`] does not hold.
-    pub(super) fn run(&self, x: &Input, ws: &mut Workspace, out: &mut [f32]) {
-        let stride = self.n();
+    /// out `[rows, n]` = f(x W^T + b).
+    pub(super) fn run(&self, x: &Input, f: Activation, ws: &mut Workspace, out: &mut [f32]) {
+        let step = self.n();
         for part in &self.parts {
             let size = Size { m: x.rows, n: part.n, k: self.k };
+            let bias = &self.bias[part.offset..part.offset + part.n];
             // With no column of its own there may be no element behind the offset.
             let out = out.get_mut(part.offset..).unwrap_or_default();
             match &part.weight {
-                Weight::Dense(w) => matmul(size, x.values, w, out, stride),
-                Weight::Int8(w) => dynamic(x.values, x.rows, w, ws, out, stride),
-                Weight::Mixed { matrix, rows, threshold } => {
-                    let outliers = take_outliers(x, *threshold);
-                    dynamic(&outliers.rest, x.rows, matrix, ws, out, stride);
-                    outliers.add_to(rows, self.k, out, stride);
+                Weight::Dense(w) => {
+                    matmul(size, x.values, w, out, step);
+                    math::bias_activation(out, step, bias, f);
                 }
-                Weight::FourBit(w, bias) => panels(size, x.values, w, bias, ws, out, stride),
+                Weight::Int8(w) => match x.int8 {
+                    Some(x) => w.multiply(x, bias, f, out, step),
+                    None => dynamic(x.values, x.rows, w, bias, f, ws, out, step),
+                },
+                Weight::Mixed { matrix, threshold } => {
+                    let outliers = take_outliers(x, *threshold);
+                    dynamic(&outliers.rest, x.rows, matrix, &[], Activation::Identity, ws, out, step);
+                    outliers.add_to(matrix, out, step);
+                    math::bias_activation(out, step, bias, f);
+                }
+                Weight::FourBit(w) => panels(size, x.values, w, bias, f, ws, out, step),
             }
         }
     }
+}
+
+/// Whether two weights that read the same input may be rows of one matrix.
+fn one_matrix(a: &Stored, b: &Stored) -> bool {
+    match (a, b) {
+        (Stored::Float { .. }, Stored::Float { .. }) => true,
+        (Stored::Int8(a), Stored::Int8(b)) => a.input == b.input,
+        _ => false,
+    }
+}
+
+/// int8 rows of several sites, one below the other.
+fn int8_matrix(ck: &Checkpoint, sites: &[Lin], k: usize) -> int8::Matrix {
+    let (mut values, mut scale) = (vec![], vec![]);
+    for s in sites {
+        if let Stored::Int8(q) = ck.get(Tensor::W(*s)) {
+            values.extend_from_slice(&q.values);
+            scale.extend(q.scb.iter().map(|s| s / 127.0));
+        }
+    }
+    int8::Matrix::new(&values, scale, k)
 }
 
 /// W `[n, k]` of several sites -> `[k, n]`: the layout in which the f32 product is fastest.
@@ -131,12 +147,20 @@ fn transposed(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Vec<f32> {
 }
 
 /// Input rows quantised by their own absmax at run time.
-fn dynamic(values: &[f32], rows: usize, w: &int8::Matrix, ws: &mut Workspace, out: &mut [f32], stride: usize) {
-    let (mut q, mut scale) = (ws.bytes(rows * w.k()), ws.floats(rows));
-    int8::quantise(values, w.k(), &mut q[..rows * w.k()], &mut scale[..rows]);
-    w.multiply(&q, &scale[..rows], out, stride);
-    ws.bytes.push(q);
-    ws.floats.push(scale);
+#[allow(clippy::too_many_arguments)]
+fn dynamic(
+    values: &[f32],
+    rows: usize,
+    w: &int8::Matrix,
+    bias: &[f32],
+    f: Activation,
+    ws: &mut Workspace,
+    out: &mut [f32],
+    step: usize,
+) {
+    let x = ws.quantise(values, rows, w.k());
+    w.multiply(x.rows(), bias, f, out, step);
+    ws.free(x);
 }
 
 /// The input of LLM.int8() (Dettmers et al. 2022), rounded to f16 and taken apart.
@@ -164,11 +188,13 @@ fn take_outliers(x: &Input, threshold: f32) -> Outliers {
 
 impl Outliers {
     /// out += taken columns * w, in float.
-    fn add_to(&self, w: &Int8Rows, k: usize, out: &mut [f32], stride: usize) {
+    fn add_to(&self, w: &int8::Matrix, out: &mut [f32], step: usize) {
+        let (mut column, mut of) = (vec![0.0; w.n()], None);
         for &(r, c, v) in &self.taken {
-            for (j, scb) in w.scb.iter().enumerate() {
-                out[r * stride + j] += v * (f32::from(w.values[j * k + c]) * scb / 127.0);
+            if of.replace(c) != Some(c) {
+                w.column(c, &mut column);
             }
+            out[r * step..].iter_mut().zip(&column).for_each(|(o, w)| *o += v * w);
         }
     }
 }
@@ -176,11 +202,13 @@ impl Outliers {
 /// 4-bit weights: `PANEL` output columns are decoded, transposed and multiplied at a time. With [`Compute::Bf16`]
 /// input, weights, bias and result are rounded to bfloat16 and products are summed in f32, as PyTorch's bf16 linear on
 /// dequantised weights does.
+#[allow(clippy::too_many_arguments)]
 fn panels(
     size: Size,
     values: &[f32],
     w: &FourBit,
     bias: &[f32],
+    f: Activation,
     ws: &mut Workspace,
     out: &mut [f32],
     stride: usize,
@@ -208,6 +236,9 @@ fn panels(
             let row = &mut out[r * stride + first..][..width];
             row.iter_mut().zip(&bias[first..]).for_each(|(v, b)| *v = round(*v + round(*b)));
         }
+    }
+    if f != Activation::Identity {
+        (0..m).for_each(|r| math::activate(&mut out[r * stride..][..n], f));
     }
     [rows, panel, x].into_iter().for_each(|b| ws.floats.push(b));
 }

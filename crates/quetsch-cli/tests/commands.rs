@@ -113,9 +113,15 @@ fn a_recipe_runs_once_and_is_then_done() {
     let first = place.ok("run r.toml");
     assert!(first.stdout.contains("teacher: ") && first.stdout.contains("nothing to do"), "{}", first.stdout);
     assert!(first.stdout.contains("TF-IDF baseline"), "{}", first.stdout);
-    for file in
-        ["model.safetensors", "config.json", "tokenizer.json", "provenance.json", "report.json", "metrics.jsonl"]
-    {
+    for file in [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "provenance.json",
+        "report.json",
+        "metrics.jsonl",
+        "events.out.tfevents.quetsch",
+    ] {
         assert!(place.path("out/student").join(file).exists(), "{file}");
     }
     for file in ["out/prune/plan.json", "out/recipe.resolved.toml", "out/report.json", "out/compare/report.html"] {
@@ -193,6 +199,10 @@ fn small_commands() {
     assert_eq!(inspect["layers"][0]["pruned_heads"], serde_json::json!([1, 3]));
     let eval = json(&place.ok("eval --model model --data test.csv --format json").stdout);
     assert_eq!(eval["n"], 5);
+    for (gate, code) in [("accuracy>=0%", 0), ("accuracy>=101%", 3), ("disk<=0.001MB", 3), ("accuracy>=-1pt", 2)] {
+        let done = place.run(&format!("eval --model model --data test.csv --gate {gate}"));
+        assert_eq!(done.code, code, "{gate}: {}", done.stderr);
+    }
     let bench = json(
         &place
             .ok("bench --model model --against model --samples 20 --seconds 0.01 --lengths 8,16,4000 --format json")

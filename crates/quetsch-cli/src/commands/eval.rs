@@ -1,8 +1,10 @@
 //! `quetsch eval`: accuracy, macro-F1, top-3, calibration and confusions of one model.
 
-use crate::settings::Data;
+use crate::settings::{Compare, Data};
 use crate::ui::{Ui, percent};
+use crate::work::compare::{Plan, compare};
 use crate::work::corpus;
+use crate::work::gate::{self, Gate};
 use anyhow::Result;
 use clap::Args;
 use quetsch::metrics::{self, Metrics};
@@ -27,6 +29,9 @@ pub struct Eval {
     /// Longest text in tokens; longer ones are cut [default: what the model says, else 256]
     #[arg(long, value_name = "TOKENS")]
     max_length: Option<usize>,
+    /// End with exit code 3 unless this holds: accuracy>=92%, worst_recall>=60%, latency<=2ms
+    #[arg(long, value_name = "CONDITION", conflicts_with = "max_length")]
+    gate: Vec<Gate>,
 }
 
 /// Runs `eval`.
@@ -39,7 +44,23 @@ pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
     }
     let logits = classifier.logits(&set.texts, ui.threads(None))?;
     let figures = metrics::evaluate(&logits, &set.labels, classifier.labels());
-    ui.result(human(&figures).trim_end(), &figures)
+    ui.result(human(&figures).trim_end(), &figures)?;
+    if e.gate.is_empty() {
+        return Ok(());
+    }
+    // Gates look at a comparison; this is one of a single model.
+    let data = Data { test: Some(e.data.display().to_string()), ..columns };
+    let no_speed = !gate::timed(&e.gate);
+    let plan = Plan {
+        models: vec![(e.model.display().to_string(), e.model.clone())],
+        data: &data,
+        calibration: None,
+        settings: &Compare { no_baseline: true, no_speed, ..Compare::default() },
+        gates: &e.gate,
+        skip_gates: 0,
+        threads: ui.threads(None),
+    };
+    gate::verdict(&compare(&plan, ui)?.gates)
 }
 
 /// The figures for people: totals, the five weakest labels, the five most frequent confusions.

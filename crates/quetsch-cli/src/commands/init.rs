@@ -9,7 +9,8 @@ use quetsch::atomic::write_file;
 use quetsch::dir;
 use quetsch::tokenizer::Tokenizer;
 use serde_json::json;
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 /// Flags of `init`.
 #[derive(Debug, Args)]
@@ -42,8 +43,16 @@ pub fn run(i: &Init, ui: &Ui) -> Result<()> {
     if i.out.exists() && !i.force {
         anyhow::bail!("{} exists; pass --force to replace it", i.out.display());
     }
-    let data = Data { text_col: i.text_col.clone(), label_col: i.label_col.clone(), ..Data::default() };
-    let set = corpus::read(i.train.as_ref(), &data, &[])?;
+    let mut data = Data { text_col: i.text_col.clone(), label_col: i.label_col.clone(), ..Data::default() };
+    let read = corpus::read(i.train.as_ref(), &data, &[]);
+    let set = match (read, columns(i.train.as_ref())) {
+        (Err(_), Some((text, label))) if data.text_col.is_none() && data.label_col.is_none() => {
+            ui.note(format!("{}: `{text}` looks like the text and `{label}` like the label", i.train));
+            (data.text_col, data.label_col) = (Some(text), Some(label));
+            corpus::read(i.train.as_ref(), &data, &[])?
+        }
+        (read, _) => read?,
+    };
     for warning in &set.warnings {
         ui.warn(format!("{}: {warning}", i.train));
     }
@@ -78,8 +87,8 @@ pub fn run(i: &Init, ui: &Ui) -> Result<()> {
         model = text(&i.model),
         train = text(&i.train),
         test = line("test", &i.test, "\"test.csv\""),
-        text_col = line("text-col", &i.text_col, "\"text\""),
-        label_col = line("label-col", &i.label_col, "\"label\""),
+        text_col = line("text-col", &data.text_col, "\"text\""),
+        label_col = line("label-col", &data.label_col, "\"label\""),
         max_length = max_length,
         all_layers = layers,
         layers = format!("{kept:?}"),
@@ -94,4 +103,39 @@ pub fn run(i: &Init, ui: &Ui) -> Result<()> {
         ),
         &json!({ "recipe": i.out, "sentences": set.len(), "labels": set.names.len(), "max_length": max_length }),
     )
+}
+
+/// The columns of a table without the usual names that look like the label (fewest values, each more than once on the
+/// whole) and the text (the longest of the others).
+fn columns(path: &Path) -> Option<(String, String)> {
+    let bytes = std::fs::read(path).ok()?;
+    let reader = |delimiter| csv::ReaderBuilder::new().delimiter(delimiter).from_reader(bytes.as_slice());
+    let width = |d: &u8| reader(*d).headers().map_or(0, csv::StringRecord::len);
+    let mut reader = reader(*[b'\t', b';', b','].iter().max_by_key(|d| width(d))?);
+    let names: Vec<String> = reader.headers().ok()?.iter().map(|n| n.trim().to_string()).collect();
+    let rows: Vec<csv::StringRecord> = reader.records().collect::<Result<_, _>>().ok()?;
+    let values = |c: usize| rows.iter().filter_map(move |r| r.get(c));
+    let distinct = |c: usize| values(c).collect::<BTreeSet<_>>().len();
+    let label =
+        (0..names.len()).filter(|c| (2..=rows.len() / 2).contains(&distinct(*c))).min_by_key(|c| distinct(*c))?;
+    let text = (0..names.len()).filter(|c| *c != label).max_by_key(|c| values(*c).map(str::len).sum::<usize>())?;
+    Some((names[text].clone(), names[label].clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn columns_are_found_by_what_they_hold() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("d.csv");
+        let found = |text: &str| {
+            std::fs::write(&path, text).expect("written");
+            super::columns(&path)
+        };
+        let rows = "1;wo ist meine karte;karte\n2;karte weg;karte\n3;neue pin bitte;pin\n4;pin vergessen;pin\n";
+        let want = Some(("frage".to_string(), "thema".to_string()));
+        assert_eq!(found(&format!("nr;frage;thema\n{rows}")), want);
+        assert_eq!(found("a,b\nx,y\n"), None, "one row says nothing");
+        assert_eq!(found(""), None);
+    }
 }

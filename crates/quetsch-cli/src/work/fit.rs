@@ -2,6 +2,7 @@
 //! a state to resume from, and a good end on Ctrl-C.
 
 use super::corpus::Training as Corpus;
+use super::events::{self, Events};
 use crate::exit::{interrupted, usage};
 use crate::settings::{KeepEpoch, Schedule, Training};
 use crate::ui::{self, Ui, duration, percent};
@@ -64,8 +65,8 @@ pub struct Trained {
     pub steps: usize,
     /// The epoch whose weights were kept.
     pub kept_epoch: usize,
-    /// `metrics.jsonl`.
-    pub metrics: Vec<u8>,
+    /// `metrics.jsonl`, and the same for TensorBoard.
+    pub files: Vec<(&'static str, Vec<u8>)>,
 }
 
 /// Everything that one training needs.
@@ -117,14 +118,14 @@ impl Fit<'_> {
         if !resume && best_dir.exists() {
             fs::remove_dir_all(&best_dir).with_context(|| format!("cannot remove {}", best_dir.display()))?;
         }
-        let mut metrics = Metrics::open(&self.state.join("metrics.jsonl"), resume)?;
+        let mut metrics = Metrics::open(self.state, resume)?;
         ui.note(format!("{}: matrix products in {}", self.name, s.precision.here().name()));
         let targets = self.corpus.targets();
         let set = TrainSet { encodings: &self.encoded.train, labels: &targets };
         let state = State { dir: &state_dir, every_steps: s.save_every, resume, key: self.key.to_string() };
         let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
         let mut bar: Option<ui::Bar> = None;
-        let mut last = 0;
+        let (mut last, mut at) = (0, 0);
         let started = Instant::now();
         let mut on = |event: Event| -> ControlFlow<Stop> {
             let mut enough = false;
@@ -137,10 +138,11 @@ impl Fit<'_> {
                 Event::Step(p) => {
                     let bar = bar.get_or_insert_with(|| ui.bar(p.steps as u64, self.name));
                     bar.at(p.step as u64, || describe(&p));
+                    at = p.step;
                     metrics.write(&p)
                 }
                 Event::Epoch { epoch, epochs: total, checkpoint, mean } => {
-                    self.validate(checkpoint, epoch, &best_dir).map(|accuracy| {
+                    self.validate(checkpoint, epoch, &best_dir).and_then(|accuracy| {
                         let validation = accuracy.map(|a| format!(", validation {}", percent(a)));
                         let line = format!(
                             "{}: epoch {epoch}/{total}  loss {:.4}{}  {}",
@@ -161,6 +163,8 @@ impl Fit<'_> {
                             validation_accuracy: accuracy,
                         });
                         (last, enough) = (epoch, self.is_enough(epoch, &best_dir));
+                        let accuracy = accuracy.map(|a| ("validation/accuracy", a));
+                        metrics.events.scalars(at, accuracy.into_iter().chain([("epoch/loss", mean.total)]))
                     })
                 }
             };
@@ -191,8 +195,13 @@ impl Fit<'_> {
             }
             _ => (fitted.checkpoint, last),
         };
-        let metrics = metrics.read()?;
-        Ok(Trained { checkpoint, epochs, steps: fitted.steps, kept_epoch, metrics })
+        drop(metrics);
+        let read = |name| {
+            let path = self.state.join(name);
+            Ok((name, fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?))
+        };
+        let files = [METRICS, events::FILE].into_iter().map(read).collect::<Result<_>>()?;
+        Ok(Trained { checkpoint, epochs, steps: fitted.steps, kept_epoch, files })
     }
 
     fn fit_settings(&self) -> FitSettings {
@@ -294,19 +303,24 @@ fn describe(p: &Progress) -> String {
     )
 }
 
-/// `metrics.jsonl`: one line a step. Nothing in it depends on time, so a resumed run ends with the same bytes.
+/// One line a step. Nothing in it depends on time, so a resumed run ends with the same bytes.
+const METRICS: &str = "metrics.jsonl";
+
+/// [`METRICS`], and beside it the same with times for TensorBoard.
 struct Metrics {
     path: PathBuf,
     file: File,
+    events: Events,
 }
 
 impl Metrics {
-    fn open(path: &Path, resume: bool) -> Result<Metrics> {
+    fn open(folder: &Path, resume: bool) -> Result<Metrics> {
+        let path = folder.join(METRICS);
         let cannot = || format!("cannot write {}", path.display());
         let mut options = OpenOptions::new();
         options.create(true).append(resume).write(true).truncate(!resume);
-        let file = options.open(path).with_context(cannot)?;
-        Ok(Metrics { path: path.into(), file })
+        let file = options.open(&path).with_context(cannot)?;
+        Ok(Metrics { file, events: Events::open(&folder.join(events::FILE), resume)?, path })
     }
 
     fn write(&mut self, p: &Progress) -> Result<()> {
@@ -322,8 +336,10 @@ impl Metrics {
             line[name] = x.into();
         }
         // One write a line: what a killed run was at must be in the file when it goes on.
-        let line = format!("{line}\n");
-        self.file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
+        let text = format!("{line}\n");
+        self.file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))?;
+        let numbers = line.as_object().into_iter().flatten().filter(|(tag, _)| *tag != "step");
+        self.events.scalars(p.step, numbers.filter_map(|(tag, x)| Some((tag.as_str(), x.as_f64()?))))
     }
 
     /// Drops what a killed run wrote after the step that it goes on from.
@@ -340,12 +356,9 @@ impl Metrics {
                 _ => break,
             }
         }
-        fs::write(&self.path, kept)?;
-        *self = Metrics::open(&self.path, true)?;
+        fs::write(&self.path, kept).with_context(|| format!("cannot write {}", self.path.display()))?;
+        // The old handle would go on at its own place.
+        self.file = OpenOptions::new().append(true).open(&self.path)?;
         Ok(())
-    }
-
-    fn read(self) -> Result<Vec<u8>> {
-        fs::read(&self.path).with_context(|| format!("cannot read {}", self.path.display()))
     }
 }

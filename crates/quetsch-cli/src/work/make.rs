@@ -62,7 +62,7 @@ fn train(job: &Job, s: &Train, key: &str, ui: &Ui) -> Result<Made> {
         key,
     };
     let (trained, report) = run.fit(&start, objective, ui)?;
-    let mut files = vec![("metrics.jsonl", trained.metrics)];
+    let mut files = trained.files;
     if s.folds > 0 {
         files.extend(folds::train(&run, &start, objective, s.folds, seed, ui)?);
     }
@@ -124,12 +124,7 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
     let features = inside.as_ref().map(|i| i.features(&encoded.train));
     let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &logits, features));
     let (trained, report) = run.fit(&start, objective, ui)?;
-    Ok(Made {
-        checkpoint: trained.checkpoint,
-        tokenizer: teacher.tokenizer,
-        report,
-        files: vec![("metrics.jsonl", trained.metrics)],
-    })
+    Ok(Made { checkpoint: trained.checkpoint, tokenizer: teacher.tokenizer, report, files: trained.files })
 }
 
 /// A student of its own shape with random weights.

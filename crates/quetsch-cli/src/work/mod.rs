@@ -3,6 +3,7 @@
 
 pub mod compare;
 pub mod corpus;
+mod events;
 pub mod fit;
 mod folds;
 pub mod gate;

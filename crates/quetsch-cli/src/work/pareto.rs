@@ -95,7 +95,8 @@ mod tests {
     #[test]
     fn few_points_stand_for_many() {
         let points = [(1.0, 1.0), (1.1, 1.05), (3.0, 3.0), (3.0, 2.0), (3.9, 3.1)];
-        assert_eq!(select(&points, 2, (4.0, 0.0)), [2, 0]);
+        // Alone, the second has 2.9 x 1.05, more than the 3 of the first and the third.
+        assert_eq!(select(&points, 2, (4.0, 0.0)), [1, 2]);
         let all = select(&points, 9, (4.0, 0.0));
         assert_eq!(all.len(), 5);
         assert_eq!(all[4], 3, "what adds nothing comes last: {all:?}");

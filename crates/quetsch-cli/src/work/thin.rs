@@ -107,7 +107,7 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
             let inside = Inside::new(&s.kd, teacher, &cut.spec)?;
             let features = inside.as_ref().map(|i| i.features(&encoded.train));
             let (trained, report) = run.fit(&cut, objective(features), ui)?;
-            (trained.checkpoint, report, vec![("metrics.jsonl", trained.metrics)])
+            (trained.checkpoint, report, trained.files)
         }
     };
     report.insert("plan".into(), json!(plan.to_string()));

@@ -47,11 +47,8 @@ impl Shape {
     }
 
     fn learns(&self, kd: &Kd) -> Kd {
-        Kd {
-            alpha: self.alpha.unwrap_or(kd.alpha),
-            temperature: self.temperature.unwrap_or(kd.temperature),
-            ..kd.clone()
-        }
+        let (alpha, temperature) = (self.alpha.unwrap_or(kd.alpha), self.temperature.unwrap_or(kd.temperature));
+        Kd { alpha, temperature, ..kd.clone() }
     }
 
     /// The stage that cuts a student to this shape, with so many epochs of recovery.

@@ -20,6 +20,9 @@ fn main() -> ExitCode {
     if let Err(e) = quetsch::runtime::Isa::from_env() {
         return ui::fail(&exit::usage(e));
     }
+    if let Some(why) = quetsch::runtime::amx_fault() {
+        tracing::warn!("{why}");
+    }
     match commands::dispatch(cli.command, &ui) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => ui::fail(&e),

@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use words::Words;
 
 pub use classifier::Classifier;
-pub use quetsch_kernels::isa::{Isa, isa};
+pub use quetsch_kernels::isa::{Isa, amx_fault, isa};
 pub use quetsch_kernels::peak;
 
 /// A model packed for this machine; lives in RAM only.

@@ -2,79 +2,211 @@
 
 use crate::isa::{Isa, isa};
 use crate::math;
+use crate::panels::Precision;
 use std::ops::Range;
 
-/// Decodes elements `range` of a tensor of two elements a byte (the first in the high nibble); `table(b)` gives the
-/// sixteen values of block `b`, which holds elements `b * block ..`.
-pub fn decode(
-    packed: &[u8],
-    block: usize,
-    range: Range<usize>,
-    table: impl Fn(usize) -> [f32; 16],
-    out: &mut [f32],
-) {
-    let isa = isa();
-    let mut i = range.start;
-    while i < range.end {
-        let (values, end) = (table(i / block), ((i / block + 1) * block).min(range.end));
-        lookup(packed, i..end, &values, &mut out[i - range.start..end - range.start], isa);
-        i = end;
+/// A 4-bit matrix `[n, k]` in the order in which the panels of its transpose are decoded (see [`crate::panels`]):
+/// `[n / 16][k / 2][16]` bytes, each two neighbours of a row, the first in the high nibble.
+pub struct Panels {
+    nibbles: Vec<Codes>,
+    n: usize,
+    k: usize,
+}
+
+/// Two neighbours of each of 16 rows.
+type Codes = [u8; LINE];
+/// Columns of a panel.
+const LINE: usize = 16;
+
+/// What codes mean: map * scale of its block, rounded to f16 and then to bf16 where asked.
+#[derive(Clone, Copy)]
+pub struct Values {
+    /// By code.
+    pub map: [f32; 16],
+    /// Elements of the row-major matrix in a block.
+    pub block: usize,
+    /// Whether values are rounded to f16.
+    pub f16: bool,
+    /// Whether they are rounded to bf16.
+    pub bf16: bool,
+}
+
+impl Panels {
+    /// From two elements a byte, row after row.
+    ///
+    /// # Panics
+    /// When there are fewer than n k elements.
+    pub fn new(packed: &[u8], n: usize, k: usize) -> Panels {
+        let words = k.div_ceil(2);
+        let mut nibbles = vec![[0; LINE]; n.div_ceil(LINE) * words];
+        let code = |i: usize| if i.is_multiple_of(2) { packed[i / 2] >> 4 } else { packed[i / 2] & 15 };
+        for (c, w) in (0..n).flat_map(|c| (0..words).map(move |w| (c, w))) {
+            let first = c * k + 2 * w;
+            nibbles[c / LINE * words + w][c % LINE] = if k.is_multiple_of(2) {
+                packed[first / 2]
+            } else {
+                code(first) << 4 | if 2 * w + 1 < k { code(first + 1) } else { 0 }
+            };
+        }
+        Panels { nibbles, n, k }
     }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        self.nibbles.as_flattened().len()
+    }
+
+    /// Decodes the panels of columns `columns` (its start a multiple of 16) of the transpose `[k, n]` into a right
+    /// operand of [`crate::panels::multiply`]; `scale(b)` is that of block `b`.
+    ///
+    /// # Panics
+    /// When `out` is shorter than the panels, or columns are not there.
+    pub fn decode(
+        &self,
+        columns: Range<usize>,
+        p: Precision,
+        values: &Values,
+        scale: impl Fn(usize) -> f32,
+        out: &mut [u32],
+    ) {
+        assert!(columns.start.is_multiple_of(LINE) && columns.end <= self.n);
+        assert!(p.panels_len(self.k, columns.len()) <= out.len());
+        if self.k == 0 {
+            return;
+        }
+        let (words, panel) = (self.k.div_ceil(2), p.panel_words(self.k) * LINE);
+        let panels = self.nibbles.chunks_exact(words).skip(columns.start / LINE);
+        let firsts = columns.step_by(LINE);
+        for ((first, codes), out) in firsts.zip(panels).zip(out.chunks_exact_mut(panel)) {
+            self.decode_panel(first, codes, p, values, &scale, out);
+        }
+    }
+
+    fn decode_panel(
+        &self,
+        first: usize,
+        codes: &[Codes],
+        p: Precision,
+        values: &Values,
+        scale: &impl Fn(usize) -> f32,
+        out: &mut [u32],
+    ) {
+        let per = if p == Precision::Bf16 { LINE } else { 2 * LINE };
+        let columns = LINE.min(self.n - first);
+        // Neighbours are of one block unless it ends inside a byte.
+        let halves = if self.k.is_multiple_of(2) && values.block.is_multiple_of(2) { 1 } else { 2 };
+        let mut w = 0;
+        while w < codes.len() {
+            // Words for which no column comes to another block, and the scales of their halves.
+            let (mut run, mut scales) = (codes.len() - w, [[0.0; LINE]; 2]);
+            for (half, scales) in scales.iter_mut().enumerate().take(halves.min(self.k - 2 * w)) {
+                for (c, to) in scales.iter_mut().enumerate().take(columns) {
+                    let at = (first + c) * self.k + 2 * w + half;
+                    let block = at / values.block;
+                    run = run.min(((block + 1) * values.block - at).div_ceil(2));
+                    *to = scale(block);
+                }
+            }
+            if halves == 1 {
+                scales[1] = scales[0];
+            }
+            if 2 * (w + run) > self.k {
+                run = run.max(2) - 1; // an odd k: the last word has one half
+            }
+            expand(&codes[w..w + run], &scales, values, p, &mut out[w * per..(w + run) * per], isa());
+            w += run;
+        }
+        out[w * per..].fill(0);
+    }
+}
+
+/// Words of a panel that have the same scales.
+fn expand(codes: &[Codes], scales: &[[f32; LINE]; 2], values: &Values, p: Precision, out: &mut [u32], isa: Isa) {
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: `isa` is at most what this CPU has.
+        return unsafe { expand_avx512(codes, scales, values, p, out) };
+    }
+    let _ = isa;
+    expand_plain(codes, scales, values, p, out);
 }
 
 kernel! {
-    /// The sixteen values of a block, map * scale, rounded to f16 and then to bf16 where asked.
-    pub fn table(map: &[f32; 16], scale: f32, f16: bool, bf16: bool) -> [f32; 16] {
-        let mut out = *map;
-        for v in &mut out {
-            *v *= scale;
-        }
-        if f16 {
-            for v in &mut out {
-                *v = math::f16(*v);
+    fn expand_plain(
+        codes: &[Codes],
+        scales: &[[f32; LINE]; 2],
+        values: &Values,
+        p: Precision,
+        out: &mut [u32],
+    ) {
+        let value = |code: u8, scale: f32| {
+            let v = values.map[usize::from(code)] * scale;
+            let v = if values.f16 { math::f16(v) } else { v };
+            (if values.bf16 { math::bf16(v) } else { v }).to_bits()
+        };
+        let per = if p == Precision::Bf16 { LINE } else { 2 * LINE };
+        for (codes, out) in codes.iter().zip(out.chunks_exact_mut(per)) {
+            for (j, byte) in codes.iter().enumerate() {
+                let (low, high) = (value(byte >> 4, scales[0][j]), value(byte & 15, scales[1][j]));
+                match p {
+                    Precision::Bf16 => out[j] = low >> 16 | high & 0xffff_0000,
+                    Precision::F32 => (out[j], out[LINE + j]) = (low, high),
+                }
             }
         }
-        if bf16 {
-            for v in &mut out {
-                *v = math::bf16(*v);
-            }
-        }
-        out
-    }
-}
-
-/// Elements `range` of one block.
-fn lookup(packed: &[u8], range: Range<usize>, values: &[f32; 16], out: &mut [f32], isa: Isa) {
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
-    let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx512 && range.start.is_multiple_of(2) {
-        done = out.len() / 16 * 16;
-        let bytes = &packed[range.start / 2..range.start / 2 + done / 2];
-        // SAFETY: `isa` is at most what this CPU has.
-        unsafe { lookup_avx512(bytes, values, &mut out[..done]) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = isa;
-    for (j, o) in (range.start + done..range.end).zip(&mut out[done..]) {
-        let byte = packed[j / 2];
-        *o = values[usize::from(if j % 2 == 0 { byte >> 4 } else { byte & 15 })];
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn lookup_avx512(bytes: &[u8], values: &[f32; 16], out: &mut [f32]) {
+fn expand_avx512(codes: &[Codes], scales: &[[f32; LINE]; 2], values: &Values, p: Precision, out: &mut [u32]) {
     use std::arch::x86_64::*;
-    let low = _mm_set1_epi8(15);
-    // SAFETY: `values` has 16 floats; every chunk has 8 bytes and 16 floats.
-    unsafe {
-        let values = _mm512_loadu_ps(values.as_ptr());
-        for (b, o) in bytes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
-            let b = _mm_loadl_epi64(b.as_ptr().cast());
-            let (first, second) = (_mm_and_si128(_mm_srli_epi16(b, 4), low), _mm_and_si128(b, low));
-            let index = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(first, second));
-            _mm512_storeu_ps(o.as_mut_ptr(), _mm512_permutexvar_ps(index, values));
+    let (f16, bf16) = (values.f16, values.bf16);
+    // SAFETY: the map and both lines of scales have 16 floats.
+    let (map, low_scale, high_scale) = unsafe {
+        let [low, high] = scales;
+        (_mm512_loadu_ps(values.map.as_ptr()), _mm512_loadu_ps(low.as_ptr()), _mm512_loadu_ps(high.as_ptr()))
+    };
+    let half = |code: __m512i, scale: __m512| {
+        // The lookup reads the low four bits of a lane.
+        let mut v = _mm512_mul_ps(_mm512_permutexvar_ps(code, map), scale);
+        if f16 {
+            v = _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v));
+        }
+        let bits = _mm512_castps_si512(v);
+        if !bf16 {
+            return bits;
+        }
+        // As `math::bf16`.
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let near = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+        let near = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x0040_0000));
+        _mm512_and_si512(near, _mm512_set1_epi32(0xffff_0000u32 as i32))
+    };
+    let pairs = |codes: &Codes| {
+        // SAFETY: 16 bytes.
+        let codes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
+        (half(_mm512_srli_epi32::<4>(codes), low_scale), half(codes, high_scale))
+    };
+    let lines = out.as_chunks_mut::<LINE>().0;
+    let store = |line: &mut [u32; LINE], v: __m512i| {
+        // SAFETY: 16 words.
+        unsafe { _mm512_storeu_si512(line.as_mut_ptr().cast(), v) }
+    };
+    match p {
+        Precision::Bf16 => {
+            for (codes, line) in codes.iter().zip(lines) {
+                let (low, high) = pairs(codes);
+                store(line, _mm512_or_si512(_mm512_srli_epi32::<16>(low), high));
+            }
+        }
+        Precision::F32 => {
+            for (codes, lines) in codes.iter().zip(lines.as_chunks_mut::<2>().0) {
+                let (low, high) = pairs(codes);
+                store(&mut lines[0], low);
+                store(&mut lines[1], high);
+            }
         }
     }
 }
@@ -82,28 +214,57 @@ fn lookup_avx512(bytes: &[u8], values: &[f32; 16], out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::panels::pack_panels_across;
 
+    /// Odd widths, blocks that cross rows, and every rounding: the panels are those of the decoded matrix.
     #[test]
-    fn ranges_may_start_and_end_inside_a_byte_and_a_block() {
-        let packed = [0x01, 0x23, 0x45, 0x67];
-        let table = |b: usize| std::array::from_fn(|i| (100 * b + i) as f32);
-        let mut all = [0.0; 8];
-        decode(&packed, 4, 0..8, table, &mut all);
-        assert_eq!(all, [0.0, 1.0, 2.0, 3.0, 104.0, 105.0, 106.0, 107.0]);
-        let mut some = [0.0; 4];
-        decode(&packed, 4, 3..7, table, &mut some);
-        assert_eq!(some, all[3..7]);
+    fn panels_are_those_of_the_decoded_matrix() {
+        let map: [f32; 16] = std::array::from_fn(|i| (i as f32 * 1.37).sin());
+        for (n, k, block) in [(1, 1, 64), (48, 64, 64), (50, 96, 64), (17, 33, 64), (33, 7, 4), (16, 130, 64)] {
+            let packed: Vec<u8> = (0..usize::div_ceil(n * k, 2)).map(|i| (i * 77 % 251) as u8).collect();
+            let scale = |b: usize| (b * 31 % 17) as f32 * 0.013 + 0.001;
+            let code = |i: usize| packed[i / 2] >> (4 * (1 - i % 2)) & 15;
+            let panels = Panels::new(&packed, n, k);
+            for (f16, bf16, p) in [
+                (false, false, Precision::F32),
+                (true, false, Precision::F32),
+                (true, true, Precision::F32),
+                (true, true, Precision::Bf16),
+                (false, true, Precision::Bf16),
+            ] {
+                let value = |i: usize| {
+                    let v = map[usize::from(code(i))] * scale(i / block);
+                    let v = if f16 { math::f16(v) } else { v };
+                    if bf16 { math::bf16(v) } else { v }
+                };
+                let rows: Vec<f32> = (0..n * k).map(value).collect();
+                let mut want = vec![7; p.panels_len(k, n)];
+                pack_panels_across(p, |c| &rows[c * k..(c + 1) * k], k, n, &mut want);
+                let mut got = vec![9; want.len()];
+                panels.decode(0..n, p, &Values { map, block, f16, bf16 }, scale, &mut got);
+                // Padding may be a zero of either sign.
+                let plus = |words: &[u32]| -> Vec<u32> {
+                    let zero = |w: u32| [w & 0xffff, w >> 16].map(|h| if h == 0x8000 { 0 } else { h });
+                    words.iter().flat_map(|w| if *w == 1 << 31 { [0; 2] } else { zero(*w) }).collect()
+                };
+                assert!(plus(&got) == plus(&want), "{n}x{k} {block} {p:?} f16 {f16} bf16 {bf16}");
+            }
+        }
     }
 
     #[test]
-    fn every_tier_looks_up_the_same() {
-        let packed: Vec<u8> = (0..300).map(|i| (i * 77 % 256) as u8).collect();
-        let values: [f32; 16] = std::array::from_fn(|i| i as f32 * 1.5 - 7.0);
-        for range in [0..600, 0..15, 1..64, 2..66, 64..128, 10..43, 599..600, 7..7] {
-            let (mut plain, mut best) = (vec![9.0; range.len()], vec![8.0; range.len()]);
-            lookup(&packed, range.clone(), &values, &mut plain, Isa::Scalar);
-            lookup(&packed, range.clone(), &values, &mut best, Isa::best());
-            assert_eq!(plain, best, "{range:?}");
+    fn every_tier_expands_the_same() {
+        let codes: Vec<Codes> = (0..37).map(|i| std::array::from_fn(|j| (i * 16 + j * 77) as u8)).collect();
+        let map = std::array::from_fn(|i| i as f32 * 1.5 - 7.0);
+        let mut scales = [[0.5; LINE]; 2];
+        scales[0].iter_mut().enumerate().for_each(|(i, s)| *s = i as f32 * 0.37 + 1e-6);
+        scales[1][3] = f32::INFINITY;
+        for (p, per) in [(Precision::F32, 32), (Precision::Bf16, 16)] {
+            let values = Values { map, block: 64, f16: p == Precision::Bf16, bf16: true };
+            let (mut plain, mut best) = (vec![9; 37 * per], vec![8; 37 * per]);
+            expand(&codes, &scales, &values, p, &mut plain, Isa::Scalar);
+            expand(&codes, &scales, &values, p, &mut best, isa());
+            assert_eq!(plain, best, "{p:?}");
         }
     }
 }

@@ -191,6 +191,14 @@ impl Absmax {
             }
         }
     }
+
+    /// Bytes of scales.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Absmax::Plain(scales) => 4 * scales.len(),
+            Absmax::Nested { codes, nested_absmax, .. } => codes.len() + 4 * nested_absmax.len(),
+        }
+    }
 }
 
 /// How a 4-bit tensor is made.
@@ -236,11 +244,7 @@ impl FourBit {
 
     /// Bytes of codes and scales.
     pub fn bytes(&self) -> usize {
-        self.packed.len()
-            + match &self.absmax {
-                Absmax::Plain(scales) => 4 * scales.len(),
-                Absmax::Nested { codes, nested_absmax, .. } => codes.len() + 4 * nested_absmax.len(),
-            }
+        self.packed.len() + self.absmax.bytes()
     }
 
     /// `code[nibble] * absmax` in f32, rounded to the source type. `[len]`

@@ -2,14 +2,13 @@
 
 use super::Workspace;
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
-use crate::quant::four_bit::{Compute, FourBit};
+use crate::quant::four_bit::{Absmax, Compute, FourBit};
 use crate::quant::int8::Int8Input;
 use crate::spec::{Activation, Lin, Tensor};
 use quetsch_kernels::gemm::{Size, Write, matmul};
 use quetsch_kernels::isa::{Isa, bf16_is_fast, isa};
 use quetsch_kernels::panels::{Left, Precision, Source};
 use quetsch_kernels::{four_bit, int8, math, panels};
-use std::collections::BTreeMap;
 
 /// What a linear reads.
 pub struct Input<'a> {
@@ -35,8 +34,8 @@ enum Weight {
     Static { matrix: int8::Matrix, absmax: f32 },
     /// LLM.int8(): as `Int8`, but columns with an outlier are multiplied in float.
     Mixed { matrix: int8::Matrix, threshold: f32 },
-    /// 4-bit blocks, decoded a panel of rows at a time.
-    FourBit(FourBit),
+    /// 4-bit blocks in the order of panels, decoded some panels at a time.
+    FourBit { panels: four_bit::Panels, values: four_bit::Values, absmax: Absmax, compute: Compute },
 }
 
 /// `[k]` -> `[n]`, some columns of the output.
@@ -73,7 +72,7 @@ impl Linear {
                         Weight::Mixed { matrix: int8_matrix(ck, group, k), threshold }
                     }
                 },
-                Stored::FourBit(q) => Weight::FourBit(q.clone()),
+                Stored::FourBit(q) => four_bit_panels(q, n, k),
             };
             parts.push(Part { weight, offset, n });
             offset += n;
@@ -92,7 +91,7 @@ impl Linear {
             Weight::Dense(w) => 4 * w.len(),
             Weight::Panels(w) => 4 * w.len(),
             Weight::Int8(matrix) | Weight::Static { matrix, .. } | Weight::Mixed { matrix, .. } => matrix.bytes(),
-            Weight::FourBit(q) => q.bytes(),
+            Weight::FourBit { panels, absmax, .. } => panels.bytes() + absmax.bytes(),
         };
         4 * self.bias.len() + self.parts.iter().map(one).sum::<usize>()
     }
@@ -133,11 +132,13 @@ impl Linear {
                 Weight::Mixed { matrix, threshold } => {
                     let outliers = take_outliers(x, self.k, *threshold, ws);
                     dynamic(&outliers.rest, x.rows, matrix, &[], Activation::Identity, ws, out, step);
-                    outliers.add_to(matrix, out, step);
-                    ws.floats.push(outliers.rest);
+                    outliers.add_to(matrix, x.rows, ws, out, step);
                     math::bias_activation(out, step, bias, f);
                 }
-                Weight::FourBit(w) => four_bits(size, x.values, w, bias, f, ws, out, step),
+                Weight::FourBit { panels, values, absmax, compute } => {
+                    let w = (panels, values, absmax, *compute);
+                    four_bits(size, x.values, w, bias, f, ws, out, step);
+                }
             }
         }
     }
@@ -188,6 +189,18 @@ fn in_float(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Weight {
     Weight::Panels(out)
 }
 
+/// 4-bit weights in the order in which they are decoded.
+fn four_bit_panels(q: &FourBit, n: usize, k: usize) -> Weight {
+    let bf16 = q.compute == Compute::Bf16 || q.source == FloatType::Bf16;
+    let map = std::array::from_fn(|i| q.map[i]);
+    Weight::FourBit {
+        panels: four_bit::Panels::new(&q.packed, n, k),
+        values: four_bit::Values { map, block: q.block, f16: q.source == FloatType::F16, bf16 },
+        absmax: q.absmax.clone(),
+        compute: q.compute,
+    }
+}
+
 /// Input rows quantised by their own absmax at run time.
 #[allow(clippy::too_many_arguments)]
 fn dynamic(
@@ -205,40 +218,59 @@ fn dynamic(
     ws.free(x);
 }
 
-/// The input of LLM.int8() (Dettmers et al. 2022), rounded to f16 and taken apart.
+/// The input of LLM.int8() (Dettmers et al. 2022), rounded to f16 and taken apart; buffers may be longer.
 struct Outliers {
-    /// `[rows, k]` with zeros where an outlier column was; may be longer.
+    /// `[rows, k]` with zeros where an outlier column was.
     rest: Vec<f32>,
-    /// (row, column, value)
-    taken: Vec<(usize, usize, f32)>,
+    /// `[rows, columns]`: what stood there, zeros where a sequence has no outlier in that column.
+    taken: Vec<f32>,
+    /// The columns that have an outlier in some sequence, rising, in the first of `columns` words.
+    which: Vec<u32>,
+    columns: usize,
 }
 
 /// A column is an outlier when some element of the *sequence* reaches the threshold; 0 turns outliers off.
 fn take_outliers(x: &Input, k: usize, threshold: f32, ws: &mut Workspace) -> Outliers {
-    let (mut rest, mut largest, mut taken) = (ws.floats(x.rows * k), ws.floats(k), vec![]);
+    let sequences = if threshold > 0.0 { x.starts.len().saturating_sub(1) } else { 0 };
+    let (mut rest, mut largest) = (ws.floats(x.rows * k), ws.floats(sequences * k));
+    let mut which = ws.words(k);
     math::round_to_f16(&x.values[..x.rows * k], &mut rest[..x.rows * k]);
-    for s in x.starts.windows(2).filter(|_| threshold > 0.0) {
-        math::column_absmax(&rest[s[0] * k..s[1] * k], &mut largest[..k]);
-        for c in (0..k).filter(|c| largest[*c] >= threshold) {
-            taken.extend((s[0]..s[1]).map(|r| (r, c, std::mem::take(&mut rest[r * k + c]))));
+    for (i, s) in x.starts.windows(2).take(sequences).enumerate() {
+        math::column_absmax(&rest[s[0] * k..s[1] * k], &mut largest[i * k..(i + 1) * k]);
+    }
+    let out = |i: usize, c: usize| largest[i * k + c] >= threshold;
+    let mut columns = 0;
+    for c in (0..k).filter(|c| (0..sequences).any(|i| out(i, *c))) {
+        which[columns] = c as u32;
+        columns += 1;
+    }
+    let mut taken = ws.floats(x.rows * columns);
+    taken[..x.rows * columns].fill(0.0);
+    for (i, s) in x.starts.windows(2).take(sequences).enumerate() {
+        for (j, c) in which[..columns].iter().map(|c| *c as usize).enumerate().filter(|(_, c)| out(i, *c)) {
+            (s[0]..s[1]).for_each(|r| taken[r * columns + j] = std::mem::take(&mut rest[r * k + c]));
         }
     }
     ws.floats.push(largest);
-    Outliers { rest, taken }
+    Outliers { rest, taken, which, columns }
 }
 
 impl Outliers {
     /// out += taken columns * w, in float.
-    fn add_to(&self, w: &int8::Matrix, out: &mut [f32], step: usize) {
-        let mut columns = BTreeMap::new();
-        for &(r, c, v) in &self.taken {
-            let column = columns.entry(c).or_insert_with(|| {
-                let mut column = vec![0.0; w.n()];
-                w.column(c, &mut column);
-                column
-            });
-            math::add_scaled(&mut out[r * step..][..w.n()], v, column);
+    fn add_to(self, w: &int8::Matrix, rows: usize, ws: &mut Workspace, out: &mut [f32], step: usize) {
+        let mut column = ws.floats(w.n());
+        for (j, c) in self.which[..self.columns].iter().enumerate() {
+            let column = &mut column[..w.n()];
+            w.column(*c as usize, column);
+            for r in 0..rows {
+                let v = self.taken[r * self.columns + j];
+                if v != 0.0 {
+                    math::add_scaled(&mut out[r * step..][..w.n()], v, column);
+                }
+            }
         }
+        [self.rest, self.taken, column].into_iter().for_each(|b| ws.floats.push(b));
+        ws.words.push(self.which);
     }
 }
 
@@ -249,22 +281,18 @@ impl Outliers {
 fn four_bits(
     size: Size,
     values: &[f32],
-    w: &FourBit,
+    (w, decoded, absmax, compute): (&four_bit::Panels, &four_bit::Values, &Absmax, Compute),
     bias: &[f32],
     f: Activation,
     ws: &mut Workspace,
     out: &mut [f32],
     step: usize,
 ) {
-    const COLUMNS: usize = 48; // one tile of the product; decoded rows and panels stay in the second-level cache
+    const COLUMNS: usize = 48; // one tile of the product, whose panels stay in the second-level cache
     let Size { m, n, k } = size;
-    let bf16 = w.compute == Compute::Bf16;
+    let bf16 = compute == Compute::Bf16;
     let p = if bf16 && bf16_is_fast() { Precision::Bf16 } else { Precision::F32 };
-    let map = std::array::from_fn(|i| w.map[i]);
-    let table = |b: usize| {
-        four_bit::table(&map, w.absmax.scale(b), w.source == FloatType::F16, bf16 || w.source == FloatType::Bf16)
-    };
-    let (mut rows, mut x) = (ws.floats(COLUMNS * k), ws.floats(m * k));
+    let mut x = ws.floats(m * k);
     let (mut left, mut right) = (ws.words(p.rows_len(m, k)), ws.words(p.panels_len(k, COLUMNS)));
     if bf16 {
         math::round_to_bf16(&values[..m * k], &mut x[..m * k]);
@@ -274,8 +302,7 @@ fn four_bits(
     panels::pack_rows(p, Source { data: &x, stride: k }, m, k, &mut left);
     for first in (0..n).step_by(COLUMNS) {
         let width = COLUMNS.min(n - first);
-        four_bit::decode(&w.packed, w.block, first * k..(first + width) * k, table, &mut rows);
-        panels::pack_panels_across(p, |c| &rows[c * k..(c + 1) * k], k, width, &mut right);
+        w.decode(first..first + width, p, decoded, |b| absmax.scale(b), &mut right);
         panels::multiply(p, Left::rows(&left, p, k), &right, m, width, k, &mut out[first..], step, Write::Set);
     }
     if bf16 {
@@ -283,7 +310,7 @@ fn four_bits(
     } else {
         math::bias_activation(out, step, bias, f);
     }
-    [rows, x].into_iter().for_each(|b| ws.floats.push(b));
+    ws.floats.push(x);
     [left, right].into_iter().for_each(|b| ws.words.push(b));
 }
 

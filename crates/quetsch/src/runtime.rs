@@ -346,7 +346,7 @@ impl Ops for CpuOps<'_> {
         let (rows, width) = (qkv.rows, qkv.width / 3);
         let longest = batch.ranges().map(|s| s.len()).max().unwrap_or(0);
         let mut values = self.ws.floats(rows * width);
-        let mut scratch = self.ws.floats(longest * longest);
+        let mut scratch = self.ws.floats(heads.scratch_len(longest));
         attention::attention(&qkv.values, heads, &batch.starts, &mut values, &mut scratch);
         self.ws.floats.push(scratch);
         self.recycle(qkv);

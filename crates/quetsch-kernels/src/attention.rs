@@ -4,9 +4,11 @@
 //! `qkv` is `[tokens, 3 * inner]` with q, k and v side by side, inner = heads * dim; heads may be 0. Probabilities are
 //! stored sentence after sentence, head after head, `[len, len]` each.
 
-use crate::gemm::{Size, View, Write, gemm};
+use crate::gemm::{Size, View, Write, gemm, gemm_into};
 use crate::math::softmax;
 use crate::rows::{Dropout, dropout};
+use crate::window::Window;
+use std::ops::Range;
 
 /// The shape of one layer's attention.
 #[derive(Clone, Copy, Debug)]
@@ -73,17 +75,30 @@ fn probabilities(qkv: &[f32], heads: Heads, start: usize, len: usize, head: usiz
     softmax(p, len);
 }
 
-fn times_values(qkv: &[f32], heads: Heads, start: usize, len: usize, head: usize, p: &[f32], context: &mut [f32]) {
-    let out = &mut context[start * heads.inner() + head * heads.dim..];
-    let size = Size { m: len, n: heads.dim, k: len };
-    gemm(size, 1.0, View::rows(p, len), part(qkv, heads, start, head, 2), out, heads.inner(), Write::Set);
-}
-
 /// context `[tokens, inner]` = softmax(q k^T / sqrt(dim)) v. `scratch` holds longest^2 floats.
 pub fn attention(qkv: &[f32], heads: Heads, starts: &[usize], context: &mut [f32], scratch: &mut [f32]) {
-    for (_, start, len, head, _) in blocks(heads, starts) {
+    let tokens = starts.last().copied().unwrap_or(0);
+    let context = Window::new(context, tokens, heads.inner(), heads.inner());
+    attention_of_heads(qkv, heads, 0..heads.count, starts, context, scratch);
+}
+
+/// As [`attention`], of some of the heads; `context` is their columns.
+///
+/// # Panics
+/// When a slice is shorter than the sizes say.
+pub fn attention_of_heads(
+    qkv: &[f32],
+    heads: Heads,
+    some: Range<usize>,
+    starts: &[usize],
+    mut context: Window,
+    scratch: &mut [f32],
+) {
+    for (_, start, len, head, _) in blocks(heads, starts).filter(|block| some.contains(&block.3)) {
         let p = &mut scratch[..len * len];
         probabilities(qkv, heads, start, len, head, p);
-        times_values(qkv, heads, start, len, head, p, context);
+        let column = (head - some.start) * heads.dim;
+        let out = context.part(start..start + len, column..column + heads.dim);
+        gemm_into(len, 1.0, View::rows(p, len), part(qkv, heads, start, head, 2), out, Write::Set);
     }
 }

@@ -20,8 +20,13 @@ pub mod optim;
 pub mod panels;
 pub mod peak;
 pub mod rows;
+mod sync;
+pub mod team;
+#[cfg(test)]
+mod team_tests;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+pub mod window;
 
 pub use math::Activation;
 pub use rows::Pool;

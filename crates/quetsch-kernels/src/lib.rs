@@ -3,7 +3,8 @@
 //! Matrices are row-major slices. Sentences are ragged: `starts[i]..starts[i + 1]` are the rows of sentence `i`.
 //! Elementwise kernels are written once as plain Rust and compiled for several instruction sets by `isa::kernel!`;
 //! they use no fused multiply-add, so that every tier gives the same bits. f32 matrix products come from the `gemm`
-//! crate, those of training from [`panels`].
+//! crate or from [`panels`]. Attention is written over vectors
+//! of f32 (`lanes`): its bits are those of a tier.
 
 #[macro_use]
 pub mod isa;
@@ -14,6 +15,7 @@ pub mod attention_train;
 pub mod four_bit;
 pub mod gemm;
 pub mod int8;
+mod lanes;
 pub mod math;
 pub mod norm;
 pub mod optim;

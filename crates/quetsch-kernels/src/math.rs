@@ -1,4 +1,4 @@
-//! Elementwise mathematics: exp, GELU, softmax, biases, sums.
+//! Elementwise mathematics: exp, GELU, biases, sums.
 
 use crate::window::Window;
 
@@ -168,21 +168,6 @@ kernel! {
     }
 }
 
-#[inline(always)]
-pub(crate) fn softmax_row(row: &mut [f32]) {
-    let max = row.iter().fold(f32::NEG_INFINITY, |m, v| if *v > m { *v } else { m });
-    row.iter_mut().for_each(|v| *v = exp(*v - max));
-    let inv = 1.0 / sum(row, |v| v);
-    row.iter_mut().for_each(|v| *v *= inv);
-}
-
-kernel! {
-    /// Softmax of every row of `width`.
-    pub fn softmax(x: &mut [f32], width: usize) {
-        x.chunks_exact_mut(width.max(1)).for_each(softmax_row);
-    }
-}
-
 kernel! {
     /// into += from.
     pub fn add(into: &mut [f32], from: &[f32]) {
@@ -349,14 +334,5 @@ mod tests {
             assert_eq!(f16(x), want, "{x}");
         }
         assert!(f16(f32::NAN).is_nan() && f16(-0.0).is_sign_negative());
-    }
-
-    #[test]
-    fn softmax_sums_to_one() {
-        let mut x: Vec<f32> = (0..37 * 3).map(|i| (i * 7919 % 101) as f32 / 9.0 - 5.0).collect();
-        softmax(&mut x, 37);
-        for row in x.chunks(37) {
-            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
-        }
     }
 }

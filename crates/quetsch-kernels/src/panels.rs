@@ -15,6 +15,8 @@ use crate::isa::bf16_is_fast;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Isa, bf16_dot, isa};
 use crate::window::Window;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::transpose;
 
 /// The inputs' type; sums are f32 in both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -429,8 +431,9 @@ mod avx512 {
     use std::arch::x86_64::*;
 
     /// 16 x 16 words, in four rounds of shuffles.
+    #[inline]
     #[target_feature(enable = "avx512f")]
-    fn transpose(block: &mut Block) {
+    pub fn transpose(block: &mut Block) {
         // SAFETY: every row of the block is 64 bytes; the load is unaligned.
         let r: [__m512i; LINE] = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(block[i].as_ptr().cast()) });
         let mut t = r;

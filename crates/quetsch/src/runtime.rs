@@ -335,7 +335,7 @@ impl Ops for CpuOps<'_> {
         let context = Window::new(&mut values, rows, width, width);
         let macs = 2 * heads.dim * heads.probs_len(&batch.starts);
         let pieces = split::columns(self.team, context, macs, heads.dim);
-        let mut scratch = split::buffers(self.ws, pieces.len(), longest * longest);
+        let mut scratch = split::buffers(self.ws, pieces.len(), heads.scratch_len(longest));
         let pieces = pieces.into_iter().zip(&mut scratch).collect();
         self.team.each(pieces, |((first, context), scratch)| {
             let some = first / heads.dim..(first + context.width()) / heads.dim;

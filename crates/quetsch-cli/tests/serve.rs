@@ -55,7 +55,8 @@ impl Server {
             .expect("the program starts");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("stdout")).read_line(&mut line).expect("a line");
-        let address = line.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("{line:?}")).to_owned();
+        let address =
+            line.trim().strip_prefix("listening on http://").unwrap_or_else(|| panic!("{line:?}")).to_owned();
         let server = Server { child, address };
         let begin = Instant::now();
         while !server.request("GET /health", "").starts_with("HTTP/1.1 200") {
@@ -117,7 +118,9 @@ fn spans_reach_a_collector() {
                 let (mut head, mut length) = (String::new(), 0);
                 while reader.read_line(&mut head).is_ok_and(|n| n > 2) {
                     let last = head.lines().last().unwrap_or_default().to_ascii_lowercase();
-                    length = last.strip_prefix("content-length:").map_or(length, |v| v.trim().parse().expect("a number"));
+                    length = last
+                        .strip_prefix("content-length:")
+                        .map_or(length, |v| v.trim().parse().expect("a number"));
                 }
                 if head.starts_with("GET /end") {
                     return all;

@@ -7,6 +7,7 @@
 
 use crate::int8::stride;
 use crate::vnni::Product;
+use crate::window::Window;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -303,7 +304,7 @@ fn bytes<T>(x: &[T]) -> &[u8] {
 /// # Safety
 /// [`state`] is past [`permission`]; the slices are as long as `Matrix::multiply` checks.
 #[target_feature(enable = "avx512f")]
-pub(crate) unsafe fn int8(p: &Product, out: &mut [f32]) {
+pub(crate) unsafe fn int8(p: &Product, out: *mut f32) {
     let stride = stride(p.k);
     let o = Operands { a: bytes(p.x.q), stride, rows: p.x.scale.len(), b: bytes(p.w), lines: stride / LINE };
     // SAFETY: passed on.
@@ -314,7 +315,7 @@ pub(crate) unsafe fn int8(p: &Product, out: &mut [f32]) {
     }
 }
 
-/// out `[rows, n]` (row stride `stride`) = or += A B in bf16 with f32 sums: A in rows of `row` words, of which `words`
+/// out `[rows, n]` = or += A B in bf16 with f32 sums: A in rows of `row` words, of which `words`
 /// count, B in panels of `words` words. Denormals count as zero; a sum adds the products of even and of odd inner
 /// indices of a line apart.
 ///
@@ -325,25 +326,16 @@ pub(crate) unsafe fn int8(p: &Product, out: &mut [f32]) {
 /// When a slice is shorter than the sizes say.
 #[allow(clippy::too_many_arguments)] // two operands, a result and their sizes
 #[target_feature(enable = "avx512f")]
-pub(crate) unsafe fn bf16(
-    a: &[u32],
-    row: usize,
-    rows: usize,
-    b: &[u32],
-    words: usize,
-    n: usize,
-    out: &mut [f32],
-    stride: usize,
-    add: bool,
-) {
-    assert!(rows == 0 || n == 0 || (n <= stride && (rows - 1) * stride + n <= out.len()));
+pub(crate) unsafe fn bf16(a: &[u32], row: usize, rows: usize, b: &[u32], words: usize, mut out: Window, add: bool) {
+    let (n, stride) = (out.width(), out.stride());
+    assert!(rows == out.rows());
     let o = Operands { a: bytes(a), stride: 4 * row, rows, b: bytes(b), lines: words / SIDE };
     let finish = |r: usize, panel: usize, sums: __m512i| {
         let column = panel * SIDE;
         let mask = u16::MAX >> (SIDE - SIDE.min(n - column));
-        let to = out[r * stride + column..].as_mut_ptr();
-        // SAFETY: the mask keeps the access inside the row, which the assert above checked.
+        // SAFETY: the window has this row, and the mask keeps the access inside it.
         unsafe {
+            let to = out.as_mut_ptr().add(r * stride + column);
             let old = if add { _mm512_maskz_loadu_ps(mask, to) } else { _mm512_setzero_ps() };
             _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(old, _mm512_castsi512_ps(sums)));
         }

@@ -1,5 +1,7 @@
 //! f32 matrix products through the `gemm` crate, behind a safe door.
 
+use crate::window::Window;
+
 /// A strided read-only matrix view.
 #[derive(Clone, Copy)]
 pub struct View<'a> {
@@ -49,19 +51,26 @@ pub struct Size {
 /// # Panics
 /// When a slice is shorter than the sizes say.
 pub fn gemm(size: Size, scale: f32, a: View, b: View, out: &mut [f32], stride: usize, write: Write) {
-    let Size { m, n, k } = size;
+    gemm_into(size.k, scale, a, b, Window::new(out, size.m, size.n, stride), write);
+}
+
+/// As [`gemm`], into a window of a larger matrix.
+///
+/// # Panics
+/// When a slice is shorter than the sizes say.
+pub fn gemm_into(k: usize, scale: f32, a: View, b: View, mut out: Window, write: Write) {
+    let (m, n, stride) = (out.rows(), out.width(), out.stride());
     if m == 0 || n == 0 {
         return;
     }
-    assert!((m - 1) * stride + n <= out.len() && n <= stride.max(n));
     if k == 0 {
         if write == Write::Set {
-            (0..m).for_each(|r| out[r * stride..r * stride + n].fill(0.0));
+            (0..m).for_each(|r| out.row(r).fill(0.0));
         }
         return;
     }
     assert!(a.fits(m, k) && b.fits(k, n));
-    // SAFETY: the asserts above keep every address that gemm forms inside its slice; `out` is exclusively borrowed.
+    // SAFETY: the asserts above keep every address that gemm forms inside its slice; the window is exclusively borrowed.
     unsafe {
         gemm::gemm(
             m,

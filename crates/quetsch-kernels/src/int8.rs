@@ -3,6 +3,7 @@
 
 use crate::isa::{Isa, isa};
 use crate::math::Activation;
+use crate::window::Window;
 #[cfg(target_arch = "x86_64")]
 use crate::{amx, vnni};
 
@@ -85,7 +86,7 @@ enum Packed {
 }
 
 /// Output columns of a panel.
-pub(crate) const LANES: usize = 16;
+pub const LANES: usize = 16;
 
 impl Matrix {
     /// Packs `values` `[n, k]`; n is the number of scales.
@@ -147,24 +148,38 @@ impl Matrix {
     /// # Panics
     /// When a slice is shorter than the sizes say.
     pub fn multiply(&self, x: Rows, bias: &[f32], f: Activation, out: &mut [f32], step: usize) {
-        let (rows, n) = (x.scale.len(), self.n());
-        assert!(self.k <= 1 << 16 && x.q.len() >= rows * stride(self.k));
-        assert!(bias.is_empty() || bias.len() >= n);
-        assert!(rows == 0 || n == 0 || (step >= n && out.len() >= (rows - 1) * step + n));
+        self.multiply_columns(x, 0, bias, f, Window::new(out, x.scale.len(), self.n(), step));
+    }
+
+    /// As [`Matrix::multiply`], but only columns of the product: those from `first` on, as many as `out` has. `bias` is
+    /// that of all columns.
+    ///
+    /// # Panics
+    /// When `first` is not a multiple of [`LANES`], or a slice is shorter than the sizes say.
+    pub fn multiply_columns(&self, x: Rows, first: usize, bias: &[f32], f: Activation, mut out: Window) {
+        let (rows, width, k) = (x.scale.len(), out.width(), self.k);
+        assert!(k <= 1 << 16 && x.q.len() >= rows * stride(k));
+        assert!(first.is_multiple_of(LANES) && first + width <= self.n() && rows == out.rows());
+        assert!(bias.is_empty() || bias.len() >= first + width);
+        if rows == 0 || width == 0 {
+            return;
+        }
+        let (bias, step) = (bias.get(first..).unwrap_or_default(), out.stride());
+        let (scale, panels) = (&self.scale[first..first + width], first / LANES * stride(k) * LANES);
         match &self.packed {
-            Packed::Plain(w) => plain(x, w, &self.scale, self.k, bias, f, out, step),
+            Packed::Plain(w) => plain(x, &w[first * k..], scale, k, bias, f, &mut out),
             #[cfg(target_arch = "x86_64")]
             Packed::Vnni(w) => {
-                let product = vnni::Product { x, k: self.k, w, scale: &self.scale, bias, f, step };
+                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, f, step };
                 // SAFETY: `Packed::Vnni` is made only where `isa()` saw AVX512-VNNI (tests: `Isa::best()`); the
-                // asserts above are what `vnni::product` asks for.
-                unsafe { vnni::product(&product, out) }
+                // asserts above are what `vnni::product` asks for, and the window is where it may write.
+                unsafe { vnni::product(&product, out.as_mut_ptr()) }
             }
             #[cfg(target_arch = "x86_64")]
             Packed::Amx(w) => {
-                let product = vnni::Product { x, k: self.k, w, scale: &self.scale, bias, f, step };
+                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, f, step };
                 // SAFETY: as above: `isa()` saw that AMX works.
-                unsafe { amx::int8(&product, out) }
+                unsafe { amx::int8(&product, out.as_mut_ptr()) }
             }
             #[cfg(not(target_arch = "x86_64"))]
             Packed::Vnni(..) | Packed::Amx(_) => unreachable!("this architecture has no such tier"),
@@ -175,7 +190,7 @@ impl Matrix {
 kernel! {
     /// The reference, and the tier of CPUs without integer dot products.
     fn plain(
-        x: Rows, w: &[i8], w_scale: &[f32], k: usize, bias: &[f32], f: Activation, out: &mut [f32], step: usize,
+        x: Rows, w: &[i8], w_scale: &[f32], k: usize, bias: &[f32], f: Activation, out: &mut Window,
     ) {
         const ROWS: usize = 4; // rows of x that share one pass over a row of w
         for first in (0..x.scale.len()).step_by(ROWS) {
@@ -186,11 +201,11 @@ kernel! {
                 for r in first..first + rows {
                     let q = &x.q[r * stride(k)..][..k];
                     let products = q.iter().zip(w).map(|(a, b)| i32::from(*a) * i32::from(*b));
-                    out[r * step + c] = products.sum::<i32>() as f32 * (x.scale[r] * w_scale) + bias;
+                    out.row(r)[c] = products.sum::<i32>() as f32 * (x.scale[r] * w_scale) + bias;
                 }
             }
             for r in first..first + rows {
-                crate::math::activate(&mut out[r * step..][..w_scale.len()], f);
+                crate::math::activate(out.row(r), f);
             }
         }
     }
@@ -240,6 +255,11 @@ mod tests {
                 let want = crate::math::gelu(exact[r * step + c] + bias[c]);
                 assert_eq!(out[r * step + c], want, "{shape} with bias and GELU at {r},{c}");
             }
+            let mut apart = vec![-7.0; rows * step];
+            for (first, part) in Window::new(&mut apart, rows, n, step).columns(2 * LANES) {
+                m.multiply_columns(x, first, &bias, Activation::Gelu, part);
+            }
+            assert_eq!(apart, out, "{shape}: some columns at a time");
             let mut column = vec![0.0; n];
             for c in 0..k {
                 m.column(c, &mut column);

@@ -22,6 +22,10 @@ pub mod optim;
 pub mod panels;
 pub mod peak;
 pub mod rows;
+mod sync;
+pub mod team;
+#[cfg(test)]
+mod team_tests;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 pub mod window;

@@ -1,5 +1,7 @@
 //! Elementwise mathematics: exp, GELU, softmax, biases, sums.
 
+use crate::window::Window;
+
 /// The non-linearity after a linear layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -101,13 +103,10 @@ pub(crate) fn activate(x: &mut [f32], f: Activation) {
 }
 
 kernel! {
-    /// y = f(y + bias) on the first `bias.len()` columns of rows that start every `step` values.
-    pub fn bias_activation(y: &mut [f32], step: usize, bias: &[f32], f: Activation) {
-        if bias.is_empty() {
-            return;
-        }
-        for row in y.chunks_mut(step) {
-            let row = &mut row[..bias.len()];
+    /// y = f(y + bias).
+    pub fn bias_activation(y: &mut Window, bias: &[f32], f: Activation) {
+        for r in 0..y.rows() {
+            let row = y.row(r);
             row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
             activate(row, f);
         }
@@ -218,13 +217,10 @@ kernel! {
 }
 
 kernel! {
-    /// y = f(bf16(y + bf16(bias))) on rows as in [`bias_activation`].
-    pub fn bias_activation_bf16(y: &mut [f32], step: usize, bias: &[f32], f: Activation) {
-        if bias.is_empty() {
-            return;
-        }
-        for row in y.chunks_mut(step) {
-            let row = &mut row[..bias.len()];
+    /// y = f(bf16(y + bf16(bias))).
+    pub fn bias_activation_bf16(y: &mut Window, bias: &[f32], f: Activation) {
+        for r in 0..y.rows() {
+            let row = y.row(r);
             row.iter_mut().zip(bias).for_each(|(y, b)| *y = bf16(*y + bf16(*b)));
             activate(row, f);
         }

@@ -14,6 +14,7 @@ use crate::gemm::Write;
 use crate::isa::bf16_is_fast;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Isa, bf16_dot, isa};
+use crate::window::Window;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::transpose;
 
@@ -293,19 +294,27 @@ pub fn multiply(
     stride: usize,
     write: Write,
 ) {
+    multiply_into(p, a, b, k, Window::new(out, m, n, stride), write);
+}
+
+/// As [`multiply`], into a window of a larger matrix: of `b` the panels of its columns.
+///
+/// # Panics
+/// When a slice is shorter than the sizes say.
+pub fn multiply_into(p: Precision, a: Left, b: &[u32], k: usize, mut out: Window, write: Write) {
+    let (m, n) = (out.rows(), out.width());
     if m == 0 || n == 0 {
         return;
     }
     let (used, panel) = (k.div_ceil(p.per_word()), p.panel_words(k) * LINE);
     assert!(a.holds(m, used) && p.panels_len(k, n) <= b.len());
-    assert!(n <= stride && (m - 1) * stride + n <= out.len());
     let add = write == Write::Add;
     // A block of A's rows stays in the second-level cache while all panels pass by.
     let block = (BLOCK_WORDS / used.max(1)).next_multiple_of(TALL).min(m);
     #[cfg(target_arch = "x86_64")]
     if p == Precision::Bf16 && isa() == Isa::Amx {
         // SAFETY: `isa()` saw that AMX works, and that implies AVX-512.
-        return unsafe { avx512::tiles_of_rows(a, b, m, n, k, block, out, stride, add) };
+        return unsafe { avx512::tiles_of_rows(a, b, k, block, out, add) };
     }
     for first in (0..m).step_by(block) {
         for c in (0..n).step_by(WIDE * LINE) {
@@ -318,12 +327,9 @@ pub fn multiply(
                     b: &b[c / LINE * panel..],
                     panel,
                     words: used,
-                    rows: TALL.min(end - r),
-                    cols: (WIDE * LINE).min(n - c),
-                    stride,
                     add,
                 };
-                t.run(p, &mut out[r * stride + c..]);
+                t.run(p, &mut out.part(r..(r + TALL).min(end), c..(c + WIDE * LINE).min(n)));
             }
         }
     }
@@ -336,7 +342,7 @@ const WIDE: usize = 3;
 /// Words of A that stay in the cache: 256 KiB.
 const BLOCK_WORDS: usize = 1 << 16;
 
-/// A tile of at most `TALL` rows and `WIDE` panels, whose sizes `multiply` has checked.
+/// What a tile of at most `TALL` rows and `WIDE` panels is computed from; `multiply_into` has checked the sizes.
 struct Tile<'a> {
     a: &'a [u32],
     a_row: usize,
@@ -344,15 +350,12 @@ struct Tile<'a> {
     b: &'a [u32],
     panel: usize,
     words: usize,
-    rows: usize,
-    cols: usize,
-    stride: usize,
     add: bool,
 }
 
 impl Tile<'_> {
     #[inline]
-    fn run(&self, p: Precision, out: &mut [f32]) {
+    fn run(&self, p: Precision, out: &mut Window) {
         #[cfg(target_arch = "x86_64")]
         match p {
             // SAFETY: `isa()` is at most what this CPU has, `bf16_dot()` saw its feature; the sizes are checked.
@@ -370,11 +373,11 @@ const LOW: usize = 4;
 
 kernel! {
     /// The twin of the vector tiles, in plain Rust.
-    fn plain_tile(p: Precision, t: &Tile, out: &mut [f32]) {
-        for c in (0..t.cols).step_by(LINE) {
+    fn plain_tile(p: Precision, t: &Tile, out: &mut Window) {
+        for c in (0..out.width()).step_by(LINE) {
             let b = t.b[c / LINE * t.panel..].as_chunks::<LINE>().0;
-            for r in (0..t.rows).step_by(LOW) {
-                let rows: [usize; LOW] = std::array::from_fn(|i| (r + i).min(t.rows - 1) * t.a_row);
+            for r in (0..out.rows()).step_by(LOW) {
+                let rows: [usize; LOW] = std::array::from_fn(|i| (r + i).min(out.rows() - 1) * t.a_row);
                 let mut sums = [[0f32; LINE]; LOW];
                 for (w, b) in b[..t.words].iter().enumerate() {
                     for (sum, row) in sums.iter_mut().zip(rows) {
@@ -384,10 +387,8 @@ kernel! {
                         }
                     }
                 }
-                let width = LINE.min(t.cols - c);
-                for (i, sum) in sums.iter().enumerate().take(t.rows - r) {
-                    let out = &mut out[(r + i) * t.stride + c..][..width];
-                    out.iter_mut().zip(sum).for_each(|(o, s)| *o = if t.add { *o + s } else { *s });
+                for (i, sum) in sums.iter().enumerate().take(out.rows() - r) {
+                    out.row(r + i)[c..].iter_mut().zip(sum).for_each(|(o, s)| *o = if t.add { *o + s } else { *s });
                 }
             }
         }
@@ -426,7 +427,7 @@ mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Block, LINE, Left, Precision, Tile, WIDE};
+    use super::{Block, LINE, Left, Precision, Tile, WIDE, Window};
     use std::arch::x86_64::*;
 
     /// 16 x 16 words, in four rounds of shuffles.
@@ -487,18 +488,8 @@ mod avx512 {
     /// AMX works here.
     #[allow(clippy::too_many_arguments)] // as for `multiply`
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn tiles_of_rows(
-        a: Left,
-        b: &[u32],
-        m: usize,
-        n: usize,
-        k: usize,
-        block: usize,
-        out: &mut [f32],
-        stride: usize,
-        add: bool,
-    ) {
-        let p = Precision::Bf16;
+    pub unsafe fn tiles_of_rows(a: Left, b: &[u32], k: usize, block: usize, mut out: Window, add: bool) {
+        let (p, m, n) = (Precision::Bf16, out.rows(), out.width());
         let words = p.panel_words(k);
         let mut turned = Vec::new();
         let (a, row) = match a.panel {
@@ -521,7 +512,7 @@ mod avx512 {
             let a = &a[first * row..];
             let rows = block.min(m - first);
             // SAFETY: passed on.
-            unsafe { crate::amx::bf16(a, row, rows, b, words, n, &mut out[first * stride..], stride, add) };
+            unsafe { crate::amx::bf16(a, row, rows, b, words, out.part(first..first + rows, 0..n), add) };
         }
     }
 
@@ -542,10 +533,10 @@ mod avx512 {
             /// # Safety
             /// The features, and slices as long as the sizes in `t` say.
             #[target_feature(enable = $features)]
-            pub unsafe fn $tile(t: &Tile, out: &mut [f32]) {
+            pub unsafe fn $tile(t: &Tile, out: &mut Window) {
                 // SAFETY: passed on.
                 unsafe {
-                    sizes!($fixed, t, out, t.rows, t.cols.div_ceil(LINE), [1 2 3 4 5 6 7 8]);
+                    sizes!($fixed, t, out, out.rows(), out.width().div_ceil(LINE), [1 2 3 4 5 6 7 8]);
                 }
             }
 
@@ -554,7 +545,7 @@ mod avx512 {
             /// # Safety
             /// As above; the tile has these sizes.
             #[target_feature(enable = $features)]
-            unsafe fn $fixed<const R: usize, const P: usize>(t: &Tile, out: &mut [f32]) {
+            unsafe fn $fixed<const R: usize, const P: usize>(t: &Tile, out: &mut Window) {
                 let mut sums = [[_mm512_setzero_ps(); P]; R];
                 let (a_rows, panels) = (t.a.as_ptr(), t.b.as_ptr());
                 for w in 0..t.words {
@@ -574,10 +565,10 @@ mod avx512 {
                 for (r, sums) in sums.iter().enumerate() {
                     for (p, sum) in sums.iter().enumerate() {
                         let c = p * LINE;
-                        let mask = u16::MAX >> (LINE - LINE.min(t.cols - c));
-                        let at = out[r * t.stride + c..].as_mut_ptr();
-                        // SAFETY: the mask keeps the access inside the row, which `multiply` checked.
+                        let mask = u16::MAX >> (LINE - LINE.min(out.width() - c));
+                        // SAFETY: the window has `R` rows, and the mask keeps the access inside the row.
                         unsafe {
+                            let at = out.as_mut_ptr().add(r * out.stride() + c);
                             let old = if t.add { _mm512_maskz_loadu_ps(mask, at) } else { _mm512_setzero_ps() };
                             _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(old, *sum));
                         }
@@ -699,14 +690,11 @@ mod tests {
                     b: &right,
                     panel: p.panel_words(k) * LINE,
                     words: k.div_ceil(p.per_word()),
-                    rows,
-                    cols,
-                    stride: n,
                     add: false,
                 };
-                let (mut got, mut want) = (vec![0.0; m * n], vec![0.0; m * n]);
-                t.run(p, &mut got);
-                plain_tile(p, &t, &mut want);
+                let (mut got, mut want) = (vec![0f32; m * n], vec![0f32; m * n]);
+                t.run(p, &mut Window::new(&mut got, rows, cols, n));
+                plain_tile(p, &t, &mut Window::new(&mut want, rows, cols, n));
                 let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(worst < 2e-5, "{p:?} {rows}x{cols}x{k}: {worst}");
             }

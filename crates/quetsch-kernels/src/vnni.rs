@@ -8,7 +8,8 @@ use crate::math::{Activation, activate};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-/// out `[rows, n]` = f(x w^T * scales + bias); see [`Matrix::multiply`](crate::int8::Matrix::multiply).
+/// out `[rows, n]` = f(x w^T * scales + bias); see [`Matrix::multiply`](crate::int8::Matrix::multiply). Where it writes
+/// is a pointer: several threads may write columns of one matrix.
 pub(crate) struct Product<'a> {
     pub x: Rows<'a>,
     pub k: usize,
@@ -43,7 +44,7 @@ macro_rules! block {
 /// The CPU has the features; the slices and `out` are as long as [`Matrix::multiply`](crate::int8::Matrix::multiply)
 /// checks.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(crate) unsafe fn product(p: &Product, out: &mut [f32]) {
+pub(crate) unsafe fn product(p: &Product, out: *mut f32) {
     let (all, panels) = (p.x.scale.len(), p.scale.len().div_ceil(LANES));
     for strip in (0..all).step_by(STRIP) {
         let rows = STRIP.min(all - strip);
@@ -131,7 +132,7 @@ unsafe fn block<const R: usize, const P: usize>(
     first: usize,
     panel: usize,
     sums: &[i32],
-    out: &mut [f32],
+    out: *mut f32,
 ) {
     let (from_row, size) = (stride(p.k), stride(p.k) * LANES);
     let mut acc = [[_mm512_setzero_si512(); P]; R];
@@ -201,7 +202,7 @@ impl Product<'_> {
     /// As for [`Product::columns`].
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(crate) unsafe fn finish(&self, row: usize, c: &Columns, sums: __m512i, out: &mut [f32]) {
+    pub(crate) unsafe fn finish(&self, row: usize, c: &Columns, sums: __m512i, out: *mut f32) {
         let scale = _mm512_mul_ps(_mm512_set1_ps(self.x.scale[row]), c.scale);
         let mut y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), c.bias);
         // SAFETY: the lanes are 64 bytes; the row is touched where the mask is set.
@@ -212,7 +213,7 @@ impl Product<'_> {
                 activate(&mut lanes, self.f);
                 y = _mm512_loadu_ps(lanes.as_ptr());
             }
-            _mm512_mask_storeu_ps(out.as_mut_ptr().add(row * self.step + c.first), c.mask, y);
+            _mm512_mask_storeu_ps(out.add(row * self.step + c.first), c.mask, y);
         }
     }
 }

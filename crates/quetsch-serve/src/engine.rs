@@ -8,10 +8,11 @@ use crate::{Config, Limits, telemetry};
 use metrics::{counter, gauge, histogram};
 use quetsch::Error;
 use quetsch::batch::{Batch, Encoding};
-use quetsch::runtime::Workspace;
+use quetsch::runtime::{Session, Workspace};
 use quetsch::tokenizer::Cut;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -100,11 +101,12 @@ impl Engine {
         let models = Models::load(&config.models, config.max_length)?;
         let limits = config.limits;
         let queue = Arc::new(Queue::new(limits.max_concurrent_requests));
+        let idle = Arc::new(Idle { session: Session::new(config.threads), busy: AtomicUsize::new(0) });
         let workers = (0..config.threads.max(1))
             .map(|i| {
-                let queue = queue.clone();
+                let (queue, idle) = (queue.clone(), idle.clone());
                 let name = format!("worker-{i}");
-                std::thread::Builder::new().name(name).spawn(move || work(&queue, &limits))
+                std::thread::Builder::new().name(name).spawn(move || work(&queue, &idle, &limits))
             })
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(|e| Error::invalid(format!("cannot start a worker thread: {e}")))?;
@@ -265,8 +267,15 @@ fn encode(model: &Served, texts: &[Sequence], overlong: Overlong) -> Result<Vec<
     texts.iter().map(one).collect()
 }
 
+/// Threads that sleep unless a batch is alone in the server: then they help its worker.
+struct Idle {
+    session: Session,
+    /// Workers that compute.
+    busy: AtomicUsize,
+}
+
 /// A worker: takes batches until the queue is closed and empty.
-fn work(queue: &Queue<Job>, limits: &Limits) {
+fn work(queue: &Queue<Job>, idle: &Idle, limits: &Limits) {
     let mut workspace = Workspace::default();
     while let Some(mut jobs) = queue.take(limits.max_batch_tokens, |a, b| Arc::ptr_eq(&a.model, &b.model)) {
         gauge!("te_queue_size").set(queue.len() as f64);
@@ -274,7 +283,10 @@ fn work(queue: &Queue<Job>, limits: &Limits) {
         let Some(model) = jobs.first().map(|j| j.model.clone()) else { continue };
         let started = Instant::now();
         // A panic here is a bug; it must cost one batch, not a worker.
-        let forward = catch_unwind(AssertUnwindSafe(|| forward(&model, &jobs, &mut workspace)));
+        let lone = idle.busy.fetch_add(1, Ordering::Relaxed) == 0 && queue.len() == 0;
+        let help = lone.then_some(&idle.session);
+        let forward = catch_unwind(AssertUnwindSafe(|| forward(&model, &jobs, help, &mut workspace)));
+        idle.busy.fetch_sub(1, Ordering::Relaxed);
         let logits = forward.unwrap_or_else(|_| {
             workspace = Workspace::default();
             Err(Refusal::Inference("the forward failed".into()))
@@ -305,13 +317,22 @@ fn still_wanted(job: Job, limits: &Limits) -> Option<Job> {
     Some(job)
 }
 
-fn forward(model: &Served, jobs: &[Job], workspace: &mut Workspace) -> Result<Vec<f32>, Refusal> {
+fn forward(
+    model: &Served,
+    jobs: &[Job],
+    help: Option<&Session>,
+    workspace: &mut Workspace,
+) -> Result<Vec<f32>, Refusal> {
     let model = model.classifier.model();
     let batch =
         Batch::new(model.spec(), jobs.iter().map(|j| &j.encoding)).map_err(|e| Refusal::Shape(e.to_string()))?;
     histogram!("te_batch_next_size").record(jobs.len() as f64);
     histogram!("te_batch_next_tokens").record(batch.tokens() as f64);
-    model.forward(workspace, &batch).map_err(|e| Refusal::Inference(e.to_string()))
+    let logits = match help {
+        Some(session) => session.forward(model, workspace, &batch),
+        None => model.forward(workspace, &batch),
+    };
+    logits.map_err(|e| Refusal::Inference(e.to_string()))
 }
 
 /// JSON has no NaN, and a model that gives one is broken.

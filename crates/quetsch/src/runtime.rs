@@ -6,6 +6,8 @@
 
 pub mod classifier;
 pub mod linear;
+mod session;
+mod split;
 pub mod stream;
 mod words;
 
@@ -14,20 +16,26 @@ use crate::checkpoint::Checkpoint;
 use crate::dir::Source;
 use crate::error::{Error, Result};
 use crate::ops::{Inspect, Ops, forward};
-use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
+use crate::spec::{Activation, At, Lin, ModelSpec, Norm, Pool, Tensor};
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
+use quetsch_kernels::window::Window;
 use quetsch_kernels::{attention, int8, norm, rows};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::result::Result as Outcome;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::LazyLock;
 use words::Words;
 
 pub use classifier::Classifier;
 pub use quetsch_kernels::isa::{Isa, amx_fault, isa};
 pub use quetsch_kernels::peak;
+pub use quetsch_kernels::team::Team;
+pub use session::Session;
+
+/// The team of a forward on one thread.
+static ALONE: LazyLock<Team> = LazyLock::new(|| Team::new(1));
 
 /// A model packed for this machine; lives in RAM only.
 pub struct Model {
@@ -119,60 +127,27 @@ impl Model {
     /// # Errors
     /// The file that holds the word embeddings cannot be read any more.
     pub fn forward(&self, ws: &mut Workspace, batch: &Batch) -> Result<Vec<f32>> {
-        let mut ops = CpuOps::new(self, ws);
+        self.forward_on(&ALONE, ws, batch)
+    }
+
+    /// As [`Model::forward`], the same bits, computed by a whole team: sooner for a batch of few tokens.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    pub fn forward_on(&self, team: &Team, ws: &mut Workspace, batch: &Batch) -> Result<Vec<f32>> {
+        let mut ops = CpuOps { team, ..CpuOps::new(self, ws) };
         let y = forward(&mut ops, &self.spec, batch);
         let out = y.values[..y.rows * y.width].to_vec();
         ops.recycle(y);
         ops.failed.map_or(Ok(out), Err)
     }
 
-    /// Logits `[sentences, labels]` in the order given. Sentences are packed into chunks of about `CHUNK` tokens that
-    /// `threads` threads take one after the other; an answer does not depend on who shares its chunk.
+    /// [`Session::logits`] of a session for this one call: its threads start and end here.
     ///
     /// # Errors
-    /// A sentence that the model cannot read (see [`Batch::new`]), or a model without a head.
+    /// As [`Session::logits`].
     pub fn logits(&self, sentences: &[Encoding], threads: usize) -> Result<Vec<f32>> {
-        const CHUNK: usize = 128;
-        let labels = self.spec.head.labels();
-        if self.spec.head == HeadSpec::None {
-            return Err(crate::Error::invalid("this model has no classification head: train one first"));
-        }
-        let mut chunks = vec![];
-        let (mut first, mut tokens) = (0, 0);
-        for (i, e) in sentences.iter().enumerate() {
-            if tokens + e.ids.len() > CHUNK && i > first {
-                chunks.push(first..i);
-                (first, tokens) = (i, 0);
-            }
-            tokens += e.ids.len();
-        }
-        if first < sentences.len() {
-            chunks.push(first..sentences.len());
-        }
-        let next = AtomicUsize::new(0);
-        let work = || -> Result<Vec<(usize, Vec<f32>)>> {
-            let (mut ws, mut done) = (Workspace::default(), vec![]);
-            while let Some(c) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let batch = Batch::new(&self.spec, &sentences[c.clone()])?;
-                done.push((c.start, self.forward(&mut ws, &batch)?));
-            }
-            Ok(done)
-        };
-        let mut out = vec![0.0; sentences.len() * labels];
-        let parts = if threads <= 1 || chunks.len() <= 1 {
-            vec![work()]
-        } else {
-            std::thread::scope(|s| {
-                let workers: Vec<_> = (0..threads.min(chunks.len())).map(|_| s.spawn(work)).collect();
-                workers.into_iter().map(|w| w.join().expect("a worker never panics")).collect()
-            })
-        };
-        for part in parts {
-            for (start, logits) in part? {
-                out[start * labels..start * labels + logits.len()].copy_from_slice(&logits);
-            }
-        }
-        Ok(out)
+        Session::new(threads).logits(self, sentences)
     }
 }
 
@@ -213,10 +188,10 @@ impl Workspace {
         Int8 { rows, k, q: self.bytes(rows * int8::stride(k)), scale: self.floats(rows) }
     }
 
-    fn quantise(&mut self, values: &[f32], rows: usize, k: usize) -> Int8 {
+    fn quantise(&mut self, team: &Team, values: &[f32], rows: usize, k: usize) -> Int8 {
         let mut x = self.int8(rows, k);
         let (q, scale) = x.parts();
-        int8::quantise(values, k, q, scale);
+        split::quantise(team, values, k, q, scale);
         x
     }
 
@@ -263,6 +238,7 @@ pub struct Act {
 /// The forward's operations on a [`Model`].
 pub struct CpuOps<'a> {
     model: &'a Model,
+    team: &'a Team,
     ws: &'a mut Workspace,
     /// Row borders of the sequences in the activations: LLM.int8() looks for outliers within one.
     starts: Vec<usize>,
@@ -273,7 +249,7 @@ pub struct CpuOps<'a> {
 impl<'a> CpuOps<'a> {
     /// Ready for one batch after the other.
     pub fn new(model: &'a Model, ws: &'a mut Workspace) -> CpuOps<'a> {
-        CpuOps { model, ws, starts: vec![], failed: None }
+        CpuOps { model, team: &ALONE, ws, starts: vec![], failed: None }
     }
 
     fn recycle(&mut self, x: Act) {
@@ -293,14 +269,14 @@ impl<'a> CpuOps<'a> {
             rows,
             starts: &self.starts,
         };
-        linear.run(&input, f, self.ws, &mut values[..rows * width]);
+        linear.run(&input, f, self.team, self.ws, &mut values[..rows * width]);
         self.finish(rows, width, values, reader)
     }
 
     /// An activation, quantised where its reader wants integers.
     fn finish(&mut self, rows: usize, width: usize, values: Vec<f32>, reader: Option<&Linear>) -> Act {
         let wanted = reader.is_some_and(Linear::reads_int8);
-        let int8 = wanted.then(|| self.ws.quantise(&values[..rows * width], rows, width));
+        let int8 = wanted.then(|| self.ws.quantise(self.team, &values[..rows * width], rows, width));
         Act { rows, width, values, int8 }
     }
 
@@ -311,9 +287,19 @@ impl<'a> CpuOps<'a> {
         if model.reader(site).is_some_and(Linear::reads_int8) {
             x.int8 = Some(self.ws.int8(x.rows, x.width));
         }
-        let int8 = x.int8.as_mut().map(Int8::parts);
-        let values = &mut x.values[..x.rows * x.width];
-        norm::add_layer_norm(values, residual, gamma, beta, model.spec.norm_eps, int8);
+        let share = split::rows(self.team, x.rows, x.width);
+        let mut int8 = x.int8.as_mut().map(|x| {
+            let (step, (q, scale)) = (int8::stride(x.k), x.parts());
+            q.chunks_mut(share * step).zip(scale.chunks_mut(share))
+        });
+        let pieces = x.values[..x.rows * x.width].chunks_mut(share * x.width).enumerate().map(|(i, x)| {
+            let first = i * share * gamma.len();
+            let residual = residual.get(first..first + x.len()).unwrap_or_default();
+            (x, residual, int8.as_mut().and_then(Iterator::next))
+        });
+        self.team.each(pieces.collect(), |(x, residual, int8)| {
+            norm::add_layer_norm(x, residual, gamma, beta, model.spec.norm_eps, int8);
+        });
         x
     }
 }
@@ -346,9 +332,16 @@ impl Ops for CpuOps<'_> {
         let (rows, width) = (qkv.rows, qkv.width / 3);
         let longest = batch.ranges().map(|s| s.len()).max().unwrap_or(0);
         let mut values = self.ws.floats(rows * width);
-        let mut scratch = self.ws.floats(heads.scratch_len(longest));
-        attention::attention(&qkv.values, heads, &batch.starts, &mut values, &mut scratch);
-        self.ws.floats.push(scratch);
+        let context = Window::new(&mut values, rows, width, width);
+        let macs = 2 * heads.dim * heads.probs_len(&batch.starts);
+        let pieces = split::columns(self.team, context, macs, heads.dim);
+        let mut scratch = split::buffers(self.ws, pieces.len(), heads.scratch_len(longest));
+        let pieces = pieces.into_iter().zip(&mut scratch).collect();
+        self.team.each(pieces, |((first, context), scratch)| {
+            let some = first / heads.dim..(first + context.width()) / heads.dim;
+            attention::attention_of_heads(&qkv.values, heads, some, &batch.starts, context, scratch);
+        });
+        self.ws.floats.append(&mut scratch);
         self.recycle(qkv);
         self.finish(rows, width, values, model.linears.get(&Lin::Out(l)))
     }

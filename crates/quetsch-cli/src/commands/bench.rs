@@ -10,9 +10,9 @@ use quetsch::cost::CostOps;
 use quetsch::data;
 use quetsch::dir::Source;
 use quetsch::quant::Scheme;
-use quetsch::runtime::Classifier;
 use quetsch::runtime::peak::{Arithmetic, operations_per_second};
 use quetsch::runtime::stream::stream;
+use quetsch::runtime::{Classifier, Session};
 use quetsch::spec::Tensor;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -53,6 +53,9 @@ pub struct Bench {
 pub struct Speed {
     /// Threads.
     pub threads: usize,
+    /// Threads that a single text is split over.
+    #[serde(default = "one")]
+    pub threads_for_one: usize,
     /// The instruction set whose kernels ran.
     pub isa: String,
     /// Reading and packing the model.
@@ -76,6 +79,10 @@ pub struct Speed {
     /// This model beside another one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub against: Option<Against>,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Quantiles of a latency.
@@ -157,10 +164,11 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
     let load_ms = ms(start);
     let loaded = resident_mb();
     let first = texts.first().context("no text to measure with")?;
-    classifier.logits(std::slice::from_ref(first), threads)?;
+    let session = Session::new(threads);
+    classifier.logits_in(&session, std::slice::from_ref(first))?;
     let first_answer_ms = ms(start);
 
-    let latency_ms = over_texts(&classifier, &texts, b.samples, threads)?;
+    let latency_ms = over_texts(&classifier, &session, &texts, b.samples)?;
     let passes = (0..b.passes.max(1)).map(|_| pass(&classifier, &texts, threads)).collect::<Result<Vec<_>>>()?;
     let seconds = passes.into_iter().fold(f64::INFINITY, f64::min);
     // Memory is asked for before anything is loaded that only measuring needs.
@@ -189,7 +197,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
         b.lengths.iter().copied().filter(|n| (1..=model.spec().longest()).contains(n)).collect();
     let mut by_length = vec![];
     for &tokens in &lengths {
-        let mut times = timed(&classifier, tokens, threads, b.seconds)?;
+        let mut times = timed(&classifier, &session, tokens, b.seconds)?;
         let (operations, n) = (operations(&classifier, &[tokens])?, times.len());
         let latency_ms = latency(&mut times);
         let rate = operations / (latency_ms.p50 / 1e3);
@@ -205,9 +213,11 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
         gop_per_s: round(rate / 1e9, 1),
         peak_share: round(rate / peak, 3),
     };
-    let against = b.against.as_ref().map(|other| against(&classifier, other, &texts, &lengths, threads, b));
+    let against =
+        b.against.as_ref().map(|other| against(&classifier, &session, other, &texts, &lengths, threads, b));
     let speed = Speed {
         threads,
+        threads_for_one: session.threads_for_one(),
         isa: quetsch::runtime::isa().name().to_string(),
         load_ms: round(load_ms, 1),
         first_answer_ms: round(first_answer_ms, 1),
@@ -223,7 +233,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
 }
 
 /// Batch 1 over some of the texts, tokenising included.
-fn over_texts(classifier: &Classifier, texts: &[String], wanted: usize, threads: usize) -> Result<Latency> {
+fn over_texts(classifier: &Classifier, session: &Session, texts: &[String], wanted: usize) -> Result<Latency> {
     let wanted = wanted.clamp(1, 1_000_000);
     let mut sample: Vec<&String> = texts.iter().step_by(texts.len().div_ceil(wanted).max(1)).collect();
     // A handful of texts is timed several times over: a percentile needs some.
@@ -231,7 +241,7 @@ fn over_texts(classifier: &Classifier, texts: &[String], wanted: usize, threads:
     while sample.len() < wanted.min(50) {
         sample.extend(&few);
     }
-    let answer = |text: &String| classifier.logits(std::slice::from_ref(text), threads);
+    let answer = |text: &String| classifier.logits_in(session, std::slice::from_ref(text));
     for text in sample.iter().take(10) {
         answer(text)?;
     }
@@ -253,12 +263,12 @@ fn pass(classifier: &Classifier, texts: &[String], threads: usize) -> Result<f64
 }
 
 /// Times in ms of a sentence of `tokens` tokens, for `seconds`, at least 5 times.
-fn timed(classifier: &Classifier, tokens: usize, threads: usize, seconds: f64) -> Result<Vec<f64>> {
+fn timed(classifier: &Classifier, session: &Session, tokens: usize, seconds: f64) -> Result<Vec<f64>> {
     let vocabulary = classifier.model().spec().vocab as u32;
     // Ids all over the table, by a multiplicative hash: what they are does not matter.
     let ids = (1..=tokens as u32).map(|i| i.wrapping_mul(2_654_435_769) % vocabulary).collect();
     let sentence = [Encoding { ids, types: vec![] }];
-    let answer = || classifier.model().logits(&sentence, threads);
+    let answer = || session.logits(classifier.model(), &sentence);
     for _ in 0..5 {
         answer()?;
     }
@@ -290,6 +300,7 @@ fn by_scheme(model: &Path) -> Result<BTreeMap<String, f64>> {
 /// Times both models in turn.
 fn against(
     own: &Classifier,
+    session: &Session,
     dir: &Path,
     texts: &[String],
     lengths: &[usize],
@@ -304,7 +315,7 @@ fn against(
         let mut ratios = vec![];
         for _ in 0..ROUNDS {
             let share = b.seconds / ROUNDS as f64;
-            let [mine, theirs] = [own, &other].map(|c| timed(c, tokens, threads, share));
+            let [mine, theirs] = [own, &other].map(|c| timed(c, session, tokens, share));
             ratios.push(latency(&mut mine?).p50 / latency(&mut theirs?).p50);
         }
         latency_ratio.insert(tokens, middle(&mut ratios));
@@ -346,8 +357,8 @@ fn memory(of: fn(procfs::process::Status) -> Option<u64>) -> Option<f64> {
 
 fn human(s: &Speed) -> String {
     let mut text = format!(
-        "threads        {}\nkernels        {}\nload           {:.1} ms\nfirst answer   {:.1} ms\nlatency        p50 {:.2} ms, p99 {:.2} ms, tokenising included\n",
-        s.threads, s.isa, s.load_ms, s.first_answer_ms, s.latency_ms.p50, s.latency_ms.p99
+        "threads        {}, {} for a single text\nkernels        {}\nload           {:.1} ms\nfirst answer   {:.1} ms\nlatency        p50 {:.2} ms, p99 {:.2} ms, tokenising included\n",
+        s.threads, s.threads_for_one, s.isa, s.load_ms, s.first_answer_ms, s.latency_ms.p50, s.latency_ms.p99
     );
     for at in &s.by_length {
         let l = &at.latency_ms;

@@ -1,6 +1,6 @@
 //! A whole classifier: tokeniser, packed model, labels.
 
-use super::Model;
+use super::{Model, Session};
 use crate::batch::Encoding;
 use crate::dir::{self, Source};
 use crate::error::{Error, Result};
@@ -81,12 +81,20 @@ impl Classifier {
         self.tokenizer.encode_all(texts, self.max_length, threads)
     }
 
-    /// Logits `[texts, labels]`.
+    /// Logits `[texts, labels]`, by a session for this one call: [`Classifier::logits_in`] keeps threads and buffers.
     ///
     /// # Errors
     /// A tokeniser that cannot encode, or ids that the model does not have.
     pub fn logits<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<f32>> {
-        self.model.logits(&self.encode(texts, threads)?, threads)
+        self.logits_in(&Session::new(threads), texts)
+    }
+
+    /// Logits `[texts, labels]` by the threads of a session: a single text on all of them, many texts in chunks.
+    ///
+    /// # Errors
+    /// As [`Classifier::logits`].
+    pub fn logits_in<T: AsRef<str> + Sync>(&self, session: &Session, texts: &[T]) -> Result<Vec<f32>> {
+        session.logits(&self.model, &self.encode(texts, session.threads())?)
     }
 }
 

@@ -1,6 +1,6 @@
 //! A packed linear layer: one or several matrices side by side that read the same input (q, k and v).
 
-use super::Workspace;
+use super::{Workspace, split};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::quant::four_bit::{Absmax, Compute, FourBit};
 use crate::quant::int8::Int8Input;
@@ -8,6 +8,8 @@ use crate::spec::{Activation, Lin, Tensor};
 use quetsch_kernels::gemm::{Size, Write, matmul};
 use quetsch_kernels::isa::{Isa, bf16_is_fast, isa};
 use quetsch_kernels::panels::{Left, Precision, Source};
+use quetsch_kernels::team::Team;
+use quetsch_kernels::window::Window;
 use quetsch_kernels::{four_bit, int8, math, panels};
 
 /// What a linear reads.
@@ -102,42 +104,59 @@ impl Linear {
     }
 
     /// out `[rows, n]` = f(x W^T + b).
-    pub(super) fn run(&self, x: &Input, f: Activation, ws: &mut Workspace, out: &mut [f32]) {
-        let step = self.n();
+    pub(super) fn run(&self, x: &Input, f: Activation, team: &Team, ws: &mut Workspace, out: &mut [f32]) {
+        let (rows, step, k) = (x.rows, self.n(), self.k);
         for part in &self.parts {
-            let size = Size { m: x.rows, n: part.n, k: self.k };
-            let bias = &self.bias[part.offset..part.offset + part.n];
+            let n = part.n;
+            let bias = &self.bias[part.offset..part.offset + n];
             // With no column of its own there may be no element behind the offset.
             let out = out.get_mut(part.offset..).unwrap_or_default();
             match &part.weight {
+                // By rows: the `gemm` crate sums in another order for few columns.
                 Weight::Dense(w) => {
-                    matmul(size, x.values, w, out, step);
-                    math::bias_activation(out, step, bias, f);
+                    let share = split::rows_of_product(team, rows, k, n);
+                    let pieces = out.chunks_mut((share * step).max(1)).enumerate().take(rows.div_ceil(share));
+                    team.each(pieces.collect(), |(i, out)| {
+                        let m = share.min(rows - i * share);
+                        matmul(Size { m, n, k }, &x.values[i * share * k..], w, out, step);
+                        math::bias_activation(&mut Window::new(out, m, n, step), bias, f);
+                    });
                 }
                 Weight::Panels(w) => {
-                    let rows = Left::f32_rows(Source { data: x.values, stride: self.k });
-                    let Size { m, n, k } = size;
-                    panels::multiply(Precision::F32, rows, w, m, n, k, out, step, Write::Set);
-                    math::bias_activation(out, step, bias, f);
+                    let left = Left::f32_rows(Source { data: x.values, stride: k });
+                    let pieces = split::columns(team, Window::new(out, rows, n, step), rows * n * k, TILE);
+                    team.each(pieces, |(first, mut out)| {
+                        let (p, all) = (Precision::F32, 0..out.width());
+                        panels::multiply_into(
+                            p,
+                            left,
+                            &w[p.panels_len(k, first)..],
+                            k,
+                            out.part(0..rows, all),
+                            Write::Set,
+                        );
+                        math::bias_activation(&mut out, &bias[first..], f);
+                    });
                 }
                 Weight::Int8(w) => match x.int8 {
-                    Some(x) => w.multiply(x, bias, f, out, step),
-                    None => dynamic(x.values, x.rows, w, bias, f, ws, out, step),
+                    Some(x) => integers(team, x, w, bias, f, Window::new(out, rows, n, step)),
+                    None => dynamic(x.values, w, bias, f, team, ws, Window::new(out, rows, n, step)),
                 },
                 Weight::Static { matrix, absmax } => {
-                    let x = ws.quantise_static(x.values, x.rows, self.k, *absmax);
-                    matrix.multiply(x.rows(), bias, f, out, step);
+                    let x = ws.quantise_static(x.values, rows, k, *absmax);
+                    integers(team, x.rows(), matrix, bias, f, Window::new(out, rows, n, step));
                     ws.free(x);
                 }
                 Weight::Mixed { matrix, threshold } => {
-                    let outliers = take_outliers(x, self.k, *threshold, ws);
-                    dynamic(&outliers.rest, x.rows, matrix, &[], Activation::Identity, ws, out, step);
-                    outliers.add_to(matrix, x.rows, ws, out, step);
-                    math::bias_activation(out, step, bias, f);
+                    let outliers = take_outliers(x, k, *threshold, ws);
+                    let product = Window::new(out, rows, n, step);
+                    dynamic(&outliers.rest, matrix, &[], Activation::Identity, team, ws, product);
+                    outliers.add_to(matrix, rows, ws, out, step);
+                    math::bias_activation(&mut Window::new(out, rows, n, step), bias, f);
                 }
                 Weight::FourBit { panels, values, absmax, compute } => {
                     let w = (panels, values, absmax, *compute);
-                    four_bits(size, x.values, w, bias, f, ws, out, step);
+                    four_bits(x.values, w, bias, f, team, ws, k, Window::new(out, rows, n, step));
                 }
             }
         }
@@ -155,14 +174,16 @@ fn one_matrix(a: &Stored, b: &Stored) -> bool {
 
 /// int8 rows of several sites, one below the other.
 fn int8_matrix(ck: &Checkpoint, sites: &[Lin], k: usize) -> int8::Matrix {
-    let (mut values, mut scale) = (vec![], vec![]);
-    for s in sites {
-        if let Stored::Int8(q) = ck.get(Tensor::W(*s)) {
-            values.extend_from_slice(&q.values);
-            scale.extend(q.scb.iter().map(|s| s / 127.0));
-        }
+    let rows = |s: &Lin| match ck.get(Tensor::W(*s)) {
+        Stored::Int8(q) => Some(q),
+        _ => None,
+    };
+    let all: Vec<_> = sites.iter().filter_map(rows).collect();
+    let scale = all.iter().flat_map(|q| q.scb.iter().map(|s| s / 127.0)).collect();
+    match all[..] {
+        [q] => int8::Matrix::new(&q.values, scale, k),
+        _ => int8::Matrix::new(&all.iter().map(|q| &q.values[..]).collect::<Vec<_>>().concat(), scale, k),
     }
-    int8::Matrix::new(&values, scale, k)
 }
 
 /// W `[n, k]` of several sites -> `[k, n]`: the layout in which the f32 product is fastest.
@@ -183,9 +204,10 @@ fn in_float(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Weight {
     if isa() < Isa::Avx512 {
         return Weight::Dense(transposed(ck, sites, k, n));
     }
-    let rows: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::W(*s)).into_owned()).collect();
+    let values: Vec<_> = sites.iter().map(|s| ck.values(Tensor::W(*s))).collect();
+    let rows: Vec<&[f32]> = values.iter().flat_map(|w| w.chunks_exact(k.max(1))).collect();
     let mut out = vec![0; Precision::F32.panels_len(k, n)];
-    panels::pack_panels_across(Precision::F32, |c| &rows[c * k..(c + 1) * k], k, n, &mut out);
+    panels::pack_panels_across(Precision::F32, |c| rows[c], k, n, &mut out);
     Weight::Panels(out)
 }
 
@@ -201,20 +223,27 @@ fn four_bit_panels(q: &FourBit, n: usize, k: usize) -> Weight {
     }
 }
 
+/// The integer product.
+fn integers(team: &Team, x: int8::Rows, w: &int8::Matrix, bias: &[f32], f: Activation, out: Window) {
+    let macs = out.rows() * out.width() * w.k();
+    // Pairs of panels: the product takes them together.
+    team.each(split::columns(team, out, macs, 2 * int8::LANES), |(first, out)| {
+        w.multiply_columns(x, first, bias, f, out);
+    });
+}
+
 /// Input rows quantised by their own absmax at run time.
-#[allow(clippy::too_many_arguments)]
 fn dynamic(
     values: &[f32],
-    rows: usize,
     w: &int8::Matrix,
     bias: &[f32],
     f: Activation,
+    team: &Team,
     ws: &mut Workspace,
-    out: &mut [f32],
-    step: usize,
+    out: Window,
 ) {
-    let x = ws.quantise(values, rows, w.k());
-    w.multiply(x.rows(), bias, f, out, step);
+    let x = ws.quantise(team, values, out.rows(), w.k());
+    integers(team, x.rows(), w, bias, f, out);
     ws.free(x);
 }
 
@@ -274,44 +303,49 @@ impl Outliers {
     }
 }
 
-/// 4-bit weights: `COLUMNS` columns of the result are decoded into panels and multiplied at a time. With
+/// Columns of one tile of the product.
+const TILE: usize = 48;
+
+/// 4-bit weights: [`TILE`] columns of the result, which stay in the second-level cache, are decoded into panels and multiplied at a time. With
 /// [`Compute::Bf16`] input, weights, bias and result are rounded to bfloat16 and products are summed in f32, as
 /// PyTorch's bf16 linear on dequantised weights does; the products of rounded f32 are the same numbers.
 #[allow(clippy::too_many_arguments)]
 fn four_bits(
-    size: Size,
     values: &[f32],
     (w, decoded, absmax, compute): (&four_bit::Panels, &four_bit::Values, &Absmax, Compute),
     bias: &[f32],
     f: Activation,
+    team: &Team,
     ws: &mut Workspace,
-    out: &mut [f32],
-    step: usize,
+    k: usize,
+    out: Window,
 ) {
-    const COLUMNS: usize = 48; // one tile of the product, whose panels stay in the second-level cache
-    let Size { m, n, k } = size;
+    let (m, macs) = (out.rows(), out.rows() * out.width() * k);
     let bf16 = compute == Compute::Bf16;
     let p = if bf16 && bf16_is_fast() { Precision::Bf16 } else { Precision::F32 };
-    let mut x = ws.floats(m * k);
-    let (mut left, mut right) = (ws.words(p.rows_len(m, k)), ws.words(p.panels_len(k, COLUMNS)));
+    let (mut x, mut left) = (ws.floats(m * k), ws.words(p.rows_len(m, k)));
     if bf16 {
         math::round_to_bf16(&values[..m * k], &mut x[..m * k]);
     } else {
         x[..m * k].copy_from_slice(&values[..m * k]);
     }
     panels::pack_rows(p, Source { data: &x, stride: k }, m, k, &mut left);
-    for first in (0..n).step_by(COLUMNS) {
-        let width = COLUMNS.min(n - first);
-        w.decode(first..first + width, p, decoded, |b| absmax.scale(b), &mut right);
-        panels::multiply(p, Left::rows(&left, p, k), &right, m, width, k, &mut out[first..], step, Write::Set);
-    }
-    if bf16 {
-        math::bias_activation_bf16(out, step, bias, f);
-    } else {
-        math::bias_activation(out, step, bias, f);
-    }
+    let pieces = split::columns(team, out, macs, TILE);
+    let mut decoded_panels: Vec<_> = pieces.iter().map(|_| ws.words(p.panels_len(k, TILE))).collect();
+    team.each(pieces.into_iter().zip(&mut decoded_panels).collect(), |((start, mut out), right)| {
+        for c in (0..out.width()).step_by(TILE) {
+            let (first, width) = (start + c, TILE.min(out.width() - c));
+            w.decode(first..first + width, p, decoded, |b| absmax.scale(b), right);
+            let out = out.part(0..m, c..c + width);
+            panels::multiply_into(p, Left::rows(&left, p, k), right, k, out, Write::Set);
+        }
+        match bf16 {
+            true => math::bias_activation_bf16(&mut out, &bias[start..], f),
+            false => math::bias_activation(&mut out, &bias[start..], f),
+        }
+    });
     ws.floats.push(x);
-    [left, right].into_iter().for_each(|b| ws.words.push(b));
+    ws.words.extend(decoded_panels.into_iter().chain([left]));
 }
 
 #[cfg(test)]

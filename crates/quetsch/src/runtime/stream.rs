@@ -1,7 +1,7 @@
 //! Many texts through a classifier as a pipeline: reading, tokenising and computing overlap, answers come out in order,
 //! and memory does not grow with their number.
 
-use super::Classifier;
+use super::{Classifier, Session};
 use crate::data::Texts;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -29,6 +29,7 @@ pub fn stream<A: Send, E: From<Error>>(
     let (send, receive) = mpsc::channel();
     let lock = |m| -> std::sync::MutexGuard<usize> { Mutex::lock(m).unwrap_or_else(PoisonError::into_inner) };
     let work = |send: mpsc::Sender<(usize, Result<A>)>| {
+        let session = Session::new(1);
         loop {
             let (part, texts) = {
                 let mut feed = feed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -39,7 +40,7 @@ pub fn stream<A: Send, E: From<Error>>(
             let far = |written: &mut usize| part >= written.saturating_add(ahead);
             drop(moved.wait_while(lock(&written), far).unwrap_or_else(PoisonError::into_inner));
             let answered = texts.and_then(|texts| {
-                let logits = classifier.logits(&texts, 1)?;
+                let logits = classifier.logits_in(&session, &texts)?;
                 Ok(answer(texts, logits))
             });
             if send.send((part, answered)).is_err() {

@@ -34,6 +34,7 @@ fn comparison() -> Comparison {
         speed: Some(Speed {
             isa: "scalar".into(),
             threads: 1,
+            threads_for_one: 1,
             load_ms: 1.0,
             first_answer_ms: 1.0,
             latency_ms: crate::commands::Latency { p50: ms, p99: ms },

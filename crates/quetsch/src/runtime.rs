@@ -6,6 +6,7 @@
 
 pub mod classifier;
 pub mod linear;
+pub mod reads;
 pub mod stream;
 mod words;
 

@@ -226,6 +226,7 @@ impl Fit<'_> {
             threads: self.threads,
             precision: s.precision.here(),
             sparsity: self.sparsity,
+            quant: None,
         }
     }
 

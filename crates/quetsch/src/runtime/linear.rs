@@ -103,7 +103,7 @@ impl Linear {
     }
 
     /// out `[rows, n]` = f(x W^T + b).
-    pub(super) fn run(&self, x: &Input, f: Activation, ws: &mut Workspace, out: &mut [f32]) {
+    pub fn run(&self, x: &Input, f: Activation, ws: &mut Workspace, out: &mut [f32]) {
         let step = self.n();
         for part in &self.parts {
             let size = Size { m: x.rows, n: part.n, k: self.k };
@@ -206,15 +206,15 @@ fn dynamic(
 }
 
 /// The input of LLM.int8() (Dettmers et al. 2022), rounded to f16 and taken apart.
-struct Outliers {
+pub(super) struct Outliers {
     /// `[rows, k]` with zeros where an outlier column was; may be longer.
-    rest: Vec<f32>,
+    pub(super) rest: Vec<f32>,
     /// (row, column, value)
-    taken: Vec<(usize, usize, f32)>,
+    pub(super) taken: Vec<(usize, usize, f32)>,
 }
 
 /// A column is an outlier when some element of the *sequence* reaches the threshold; 0 turns outliers off.
-fn take_outliers(x: &Input, k: usize, threshold: f32, ws: &mut Workspace) -> Outliers {
+pub(super) fn take_outliers(x: &Input, k: usize, threshold: f32, ws: &mut Workspace) -> Outliers {
     let (mut rest, mut largest, mut taken) = (ws.floats(x.rows * k), ws.floats(k), vec![]);
     math::round_to_f16(&x.values[..x.rows * k], &mut rest[..x.rows * k]);
     for s in x.starts.windows(2).filter(|_| threshold > 0.0) {

@@ -2,9 +2,11 @@
 //! the layout of bitsandbytes; *where* a scheme applies is an ordered list of (site pattern, scheme).
 
 pub mod calibrate;
+mod distortion;
 pub mod four_bit;
 pub mod int8;
 
+pub use distortion::{Distortion, distortions};
 pub use four_bit::{Absmax, Compute, FourBit, FourBitKind, FourBitOptions};
 pub use int8::{Int8Input, Int8Rows};
 

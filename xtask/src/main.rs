@@ -3,6 +3,7 @@
 
 mod e2e;
 mod house;
+mod interop;
 mod portable;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,6 +13,7 @@ use std::process::Command;
 const USAGE: &str = "\
 cargo xtask check [PART..]                           all parts, or some of: fmt house licences clippy docs tests
 cargo xtask e2e --model DIR --data DIR [--out DIR]   recipes/banking77.toml on real data; gates on accuracy, never on time
+cargo xtask interop --python FILE.. [--out DIR]      both directions with transformers 4.57 and 5 and bitsandbytes
 cargo xtask portable                                 kernel tests on CPUs that this machine is not (qemu-user)
 cargo xtask fixtures [PART..]                        write fixtures/ again with Python (scripts/make_fixtures.py)";
 
@@ -33,6 +35,7 @@ fn main() -> Result<()> {
     match args.split_first() {
         Some((task, parts)) if task == "check" => check(parts),
         Some((task, options)) if task == "e2e" => e2e::run(options),
+        Some((task, options)) if task == "interop" => interop::run(options),
         Some((task, [])) if task == "portable" => portable::run(),
         Some((task, parts)) if task == "fixtures" => run(python("scripts/make_fixtures.py").args(parts)),
         _ => bail!("expected one of\n{USAGE}"),

@@ -91,7 +91,8 @@ pub fn parse() -> Result<(Cli, Ui, logs::Guard)> {
     if g.threads == Some(0) {
         return Err(usage("--threads 0: must be at least 1"));
     }
-    let ui = Ui::new(g.format, g.quiet, g.no_progress, g.threads);
+    let mut ui = Ui::new(g.format, g.quiet, g.no_progress, g.threads);
+    ui.verbose = g.verbose > 0;
     let guard = logs::start(g.quiet, g.verbose, &cli.command.logs())?;
     if matches!(g.format, Format::Jsonl | Format::Csv) && !matches!(cli.command, Command::Predict(_)) {
         return Err(usage("--format jsonl and csv are for predict only; use human or json"));

@@ -23,6 +23,8 @@ pub struct Ui {
     pub format: Format,
     /// Results and errors only.
     quiet: bool,
+    /// `inspect` shows all there is.
+    pub verbose: bool,
     bars: bool,
     threads: Option<usize>,
 }
@@ -31,7 +33,7 @@ impl Ui {
     /// From the global flags.
     pub fn new(format: Format, quiet: bool, no_progress: bool, threads: Option<usize>) -> Ui {
         let bars = !quiet && !no_progress && std::io::stderr().is_terminal();
-        Ui { format, quiet, bars, threads }
+        Ui { format, quiet, verbose: false, bars, threads }
     }
 
     /// Threads to compute with: the flag, else the recipe's number, else all that this process may use.

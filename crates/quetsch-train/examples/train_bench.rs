@@ -121,6 +121,7 @@ fn measure(work: &Work, precision: Precision, freeze: bool, threads: usize) -> R
         threads,
         precision,
         sparsity: Sparsity::Free,
+        quant: None,
     };
     let set = TrainSet { encodings: &work.encodings, labels: &work.labels };
     let (mut ms, mut last) = (vec![], Instant::now());

@@ -6,6 +6,7 @@
 use crate::loss::{Losses, Objective, Soft, UNLABELLED};
 use crate::optim::{AdamW, Rates};
 use crate::params::Params;
+use crate::qat::Qat;
 use crate::schedule::Schedule;
 use crate::sparse::{Sparsity, Zeros};
 use crate::state::State;
@@ -53,6 +54,8 @@ pub struct FitSettings {
     pub precision: Precision,
     /// What happens to weights that are exactly 0.
     pub sparsity: Sparsity,
+    /// Quantisation in the forward; the checkpoints that [`Event::Epoch`] and the result hold are quantised then.
+    pub quant: Option<Qat>,
 }
 
 /// Why the caller stops a run.
@@ -259,6 +262,10 @@ pub fn fit(
     for (i, shape) in objective.features().map(|f| f.projections(&start.spec)).unwrap_or_default() {
         params.add_projection(i, shape, s.seed);
     }
+    if let Some(qat) = &s.quant {
+        qat.deploy(start)?; // what cannot be quantised is known before the first step
+        params.quantise(qat, s.threads)?;
+    }
     let mut adamw = AdamW::new(&params);
     let lengths: Vec<usize> = set.encodings.iter().map(|e| e.ids.len()).collect();
     let per_step = s.batch_size * s.accumulate;
@@ -272,7 +279,7 @@ pub fn fit(
         return match stop {
             Stop::Interrupted => Err(FitError::Interrupted { step: adamw.step, steps }),
             Stop::Enough => Ok(Fitted {
-                checkpoint: adamw.checkpoint(&params, start)?,
+                checkpoint: deployed(&params, adamw.checkpoint(&params, start)?)?,
                 steps: adamw.step,
                 last: Losses::default(),
             }),
@@ -284,6 +291,12 @@ pub fn fit(
     let (mut last, mut sentences) = (Losses::default(), 0);
     for epoch in first / per_epoch..s.epochs {
         let done = adamw.step - epoch * per_epoch;
+        if let Some(qat) =
+            params.quant.as_ref().map(|q| &q.qat).filter(|q| done == 0 && q.observes(epoch, s.epochs))
+        {
+            let ranges = qat.observe(&adamw.checkpoint(&params, start)?)?;
+            params.set_ranges(ranges, s.threads);
+        }
         let (mut mean, mut counted) = (Losses::default(), 0usize);
         for examples in batches(&lengths, per_step, s.seed, epoch).iter().skip(done) {
             let step = adamw.step;
@@ -335,7 +348,7 @@ pub fn fit(
                 return Err(FitError::Interrupted { step: adamw.step, steps });
             }
         }
-        let checkpoint = adamw.checkpoint(&params, start)?;
+        let checkpoint = deployed(&params, adamw.checkpoint(&params, start)?)?;
         let mean = mean.scaled(1.0 / counted.max(1) as f64);
         // The caller first: killed in between, the end of the epoch comes again, and nothing it keeps is missed.
         let heard = on(Event::Epoch { epoch: epoch + 1, epochs: s.epochs, checkpoint: &checkpoint, mean });
@@ -350,7 +363,15 @@ pub fn fit(
             }
         }
     }
-    Ok(Fitted { checkpoint: adamw.checkpoint(&params, start)?, steps, last })
+    Ok(Fitted { checkpoint: deployed(&params, adamw.checkpoint(&params, start)?)?, steps, last })
+}
+
+/// The checkpoint as the forward of training reads it.
+fn deployed(params: &Params, trained: Checkpoint) -> Result<Checkpoint, Error> {
+    match &params.quant {
+        Some(quant) => quant.qat.deploy(&trained),
+        None => Ok(trained),
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! f32 master weights, and gradients beside them.
 
+use crate::qat::{Assigned, Qat, Site, is_four_bit};
 use crate::threads::parallel;
 use quetsch::Result;
 use quetsch::checkpoint::{Checkpoint, Stored};
@@ -7,10 +8,10 @@ use quetsch::rng::{Rng, key};
 use quetsch::spec::{Lin, ModelSpec, Role, Tensor, TensorDef};
 use quetsch_kernels::gemm::Write;
 use quetsch_kernels::panels::{Precision, pack_panels, pack_panels_across};
-use std::collections::HashMap;
+use quetsch_kernels::rows;
+use std::collections::{BTreeMap, HashMap};
 
 /// The weights being trained: one f32 vector per row of the table of tensors.
-#[derive(Clone)]
 pub struct Params {
     /// The shape.
     pub spec: ModelSpec,
@@ -24,10 +25,12 @@ pub struct Params {
     pub precision: Precision,
     index: HashMap<Tensor, usize>,
     packs: HashMap<Lin, Pack>,
+    pub(crate) quant: Option<Assigned>,
+    /// Beside `data` where the forward reads quantised values: tables, biases and LayerNorms.
+    quantised: Vec<Option<Vec<f32>>>,
 }
 
 /// A linear layer's weights as the products read them; q, k and v of a layer lie side by side.
-#[derive(Clone)]
 pub struct Pack {
     /// The matrices, top to bottom.
     pub parts: Vec<Part>,
@@ -41,10 +44,11 @@ pub struct Pack {
     pub forward: Vec<u32>,
     /// W `[n, k]`: right operand of the input's gradient.
     pub backward: Vec<u32>,
+    /// What the forward runs instead, in quantisation-aware training.
+    pub(crate) quantised: Option<Site>,
 }
 
 /// One matrix of a [`Pack`]: rows of the table of W and b, and the rows of the matrix.
-#[derive(Clone)]
 pub struct Part {
     /// Row of the table.
     pub w: usize,
@@ -63,7 +67,7 @@ impl Pack {
         let parts: Vec<Part> = sites.iter().map(part).collect();
         let (n, k) = (parts.iter().map(|p| p.rows).sum(), table[parts[0].w].shape[1]);
         let (forward, backward) = (vec![0; p.panels_len(k, n)], vec![0; p.panels_len(n, k)]);
-        Pack { parts, n, k, bias: vec![], forward, backward }
+        Pack { parts, n, k, bias: vec![], forward, backward, quantised: None }
     }
 
     /// Row `r` of all parts.
@@ -102,7 +106,8 @@ impl Params {
             _ => None,
         };
         let packs = table.iter().filter_map(pack).collect();
-        let mut p = Params { spec: ck.spec.clone(), table, data, trained, precision, index, packs };
+        let (spec, quantised) = (ck.spec.clone(), vec![None; table.len()]);
+        let mut p = Params { spec, table, data, trained, precision, index, packs, quant: None, quantised };
         p.pack(threads, |_| true);
         p
     }
@@ -116,7 +121,54 @@ impl Params {
     pub fn repack(&mut self, threads: usize) {
         let trained = std::mem::take(&mut self.trained);
         self.pack(threads, |part| trained[part.w] || trained[part.b]);
+        self.read_again(|i| trained[i]);
         self.trained = trained;
+    }
+
+    /// From now on the forward reads what quantising these weights gives; see [`Qat`].
+    ///
+    /// # Errors
+    /// The rules do not fit the model, or a 4-bit embedding table is to be trained.
+    pub fn quantise(&mut self, qat: &Qat, threads: usize) -> Result<()> {
+        self.quant = Some(qat.assigned(&self.spec, &self.table, &self.trained)?);
+        self.pack(threads, |_| true);
+        self.read_again(|_| true);
+        Ok(())
+    }
+
+    /// Other ranges of static inputs.
+    pub(crate) fn set_ranges(&mut self, ranges: BTreeMap<Lin, f32>, threads: usize) {
+        if let Some(quant) = &mut self.quant {
+            quant.qat.ranges = ranges;
+            self.pack(threads, |_| true);
+        }
+    }
+
+    /// The values that the forward reads of a tensor that is no matrix and not the word table.
+    pub fn read(&self, tensor: Tensor) -> &[f32] {
+        let i = self.id(tensor);
+        self.quantised[i].as_deref().unwrap_or(&self.data[i])
+    }
+
+    /// The rows of the word table that the forward reads. x: `[ids, width]`
+    pub(crate) fn read_words(&self, ids: &[u32], x: &mut [f32]) {
+        let (word, width) = (self.id(Tensor::Word), self.spec.embedding());
+        rows::gather(self.quantised[word].as_ref().unwrap_or(&self.data[word]), width, ids, x);
+        if let Some(quant) = self.quant.as_ref().filter(|_| self.quantised[word].is_none()) {
+            // Rows are quantised one by one, so those that a batch reads will do.
+            let read = quant.read(word, x, width);
+            read.inspect(|read| x.copy_from_slice(read));
+        }
+    }
+
+    /// Brings `quantised` up to date.
+    fn read_again(&mut self, wanted: impl Fn(usize) -> bool) {
+        let Some(quant) = &self.quant else { return };
+        for (i, d) in self.table.iter().enumerate().filter(|(i, d)| d.role != Role::Weight && wanted(*i)) {
+            if d.tensor != Tensor::Word || quant.scheme(i).is_some_and(is_four_bit) {
+                self.quantised[i] = quant.read(i, &self.data[i], d.shape.last().copied().unwrap_or(1));
+            }
+        }
     }
 
     fn pack(&mut self, threads: usize, wanted: impl Fn(&Part) -> bool) {
@@ -125,9 +177,19 @@ impl Params {
         packs.retain(|(_, pack)| pack.parts.iter().any(&wanted));
         // Neighbours of the same size go to different threads.
         packs.sort_by_key(|(site, pack)| (pack.n * pack.k, **site));
+        if let Some(quant) = &self.quant {
+            let (spec, table) = (&self.spec, &self.table);
+            parallel(packs, threads, |(_, pack)| {
+                let (site, weights) = quant.site(spec, table, data, &pack.parts);
+                pack.quantised = Some(site);
+                let row = |r| &weights[r * pack.k..(r + 1) * pack.k];
+                pack_panels(precision, row, pack.n, pack.k, &mut pack.backward);
+            });
+            return;
+        }
         let mut jobs = vec![];
         for (_, pack) in packs {
-            let Pack { parts, n, k, bias, forward, backward } = pack;
+            let Pack { parts, n, k, bias, forward, backward, quantised: _ } = pack;
             bias.clear();
             parts.iter().for_each(|p| bias.extend_from_slice(&data[p.b]));
             let (parts, n, k) = (&*parts, *n, *k);

@@ -29,6 +29,8 @@ pub struct State<'a> {
 const FORMAT: &str = "quetsch-training-state-2";
 const UPDATED: &str = "word.updated";
 const HISTORY: &str = "history";
+/// absmax of static inputs, in the order of the linears: they move during quantisation-aware training.
+const RANGES: &str = "input.absmax";
 const FILE: &str = "state.safetensors";
 
 struct Floats<'a> {
@@ -65,6 +67,10 @@ impl State<'_> {
         let updated: Vec<f32> = adamw.updated.iter().map(|u| *u as f32).collect();
         for (name, data) in [(UPDATED, &updated[..]), (HISTORY, adamw.history().as_flattened())] {
             tensors.push((name.to_string(), Floats { data, shape: [data.len()] }));
+        }
+        let ranges: Vec<f32> = p.quant.iter().flat_map(|q| q.qat.ranges.values().copied()).collect();
+        if !ranges.is_empty() {
+            tensors.push((RANGES.to_string(), Floats { data: &ranges, shape: [ranges.len()] }));
         }
         let meta = HashMap::from([
             ("format".to_string(), FORMAT.to_string()),
@@ -123,8 +129,15 @@ impl State<'_> {
         }
         let mut history = vec![[0.0; 2]; step];
         read(HISTORY, history.as_flattened_mut())?;
+        let mut ranges = p.quant.as_ref().map(|q| q.qat.ranges.clone()).unwrap_or_default();
+        let mut absmax = vec![0.0; ranges.len()];
+        if !ranges.is_empty() {
+            read(RANGES, &mut absmax)?;
+        }
+        ranges.values_mut().zip(absmax).for_each(|(to, from)| *to = from);
         adamw.resume(updated.iter().map(|u| *u as u32).collect(), &history);
         p.repack(1);
+        p.set_ranges(ranges, 1);
         Ok(true)
     }
 

@@ -5,14 +5,19 @@
 //! nothing.
 
 use crate::params::{Grads, Params};
+use crate::qat::Site;
 use quetsch::batch::Batch;
 use quetsch::ops::{Inspect, Ops};
 use quetsch::rng::key;
+use quetsch::runtime::linear::Input;
+use quetsch::runtime::reads::Reads;
+use quetsch::runtime::{ALONE, Workspace};
 use quetsch::spec::{Activation, At, DropSite, Lin, Norm, Pool, Tensor};
-use quetsch_kernels::attention::{Heads, ProbsDropout};
+use quetsch_kernels::attention::{Heads, ProbsDropout, attention};
 use quetsch_kernels::attention_train::{self, attention_back, attention_keep};
 use quetsch_kernels::gemm::Write;
 use quetsch_kernels::panels::{Left, Precision, Source, multiply, pack_panels, pack_rows};
+use quetsch_kernels::window::Window;
 use quetsch_kernels::{math, norm, rows};
 use std::collections::BTreeMap;
 
@@ -123,6 +128,7 @@ pub struct Buffers {
     floats: Free<f32>,
     words: Free<u32>,
     attention: attention_train::Scratch,
+    runtime: Workspace,
 }
 
 #[derive(Default)]
@@ -294,9 +300,33 @@ impl<'a> Tape<'a> {
         }
     }
 
+    /// Borders of the sequences in an activation: after the pool every row is one.
+    fn borders(&self, rows: usize) -> Vec<usize> {
+        if rows == self.batch.tokens() { self.batch.starts.clone() } else { (0..=rows).collect() }
+    }
+
+    /// y = f(x W^T + b), run as the deployed model runs it.
+    fn project_quantised(&mut self, quantised: &Site, site: Lin, x: Node, f: Activation) -> Node {
+        let (rows, n) = (self.values[x.0].rows, quantised.linear.n());
+        let (mut pre, starts) = (self.buffers.take(rows * n), self.borders(rows));
+        let input = Input { values: &self.values[x.0].data, int8: None, rows, starts: &starts };
+        quantised.linear.run(&input, Activation::Identity, &ALONE, &mut self.buffers.runtime, &mut pre);
+        if f == Activation::Identity {
+            return self.push(rows, n, pre, Op::Linear { x, site, f, pre: vec![] });
+        }
+        let mut y = self.buffers.take(rows * n);
+        y.copy_from_slice(&pre);
+        math::bias_activation(&mut Window::new(&mut y, rows, n, n), &vec![0.0; n], f);
+        self.push(rows, n, y, Op::Linear { x, site, f, pre })
+    }
+
     /// y = f(x W^T + b).
     fn project(&mut self, site: Lin, x: Node, f: Activation) -> Node {
-        let pack = self.params.linear(site);
+        let params = self.params;
+        let pack = params.linear(site);
+        if let Some(quantised) = &pack.quantised {
+            return self.project_quantised(quantised, site, x, f);
+        }
         let (p, rows, n, k) = (self.params.precision, self.values[x.0].rows, pack.n, pack.k);
         let (mut words, mut pre) = (vec![], self.buffers.take(rows * n));
         let mut y = self.buffers.take(if f == Activation::Identity { 0 } else { rows * n });
@@ -347,6 +377,7 @@ impl<'a> Tape<'a> {
         if dx.is_empty() {
             (*dx, write) = (self.buffers.take(rows * k), Write::Set);
         }
+        let before = pack.quantised.as_ref().and_then(|q| clipped(q, &self.values[x.0].data, dx, write));
         let source = Source { data: d, stride: n };
         match p {
             Precision::F32 => {
@@ -360,16 +391,20 @@ impl<'a> Tape<'a> {
                 self.buffers.words.give(words);
             }
         }
+        before.into_iter().flatten().for_each(|(i, v)| dx[i] = v);
 
+        // The input's panels: what this part's product read, the same as the part before it as a rule.
         let mut right = self.buffers.words.take(p.panels_len(rows, k));
-        if pack.parts.iter().any(|part| !g.dense[part.w].is_empty()) {
-            let x = &self.values[x.0].data;
-            pack_panels(p, |r| &x[r * k..(r + 1) * k], rows, k, &mut right);
-        }
+        let mut packed = None;
         let mut at = 0;
-        for part in &pack.parts {
+        for (i, part) in pack.parts.iter().enumerate() {
             let columns = at..at + part.rows;
             if !g.dense[part.w].is_empty() {
+                let reads = pack.quantised.as_ref().map_or(Reads::Floats, |q| q.reads[i]);
+                if packed != Some(reads) {
+                    self.pack_input(x, rows, k, reads, &mut right);
+                    packed = Some(reads);
+                }
                 let write = g.write(part.w);
                 let mut left = self.buffers.words.take(p.panels_len(rows, part.rows));
                 pack_panels(p, |r| &d[r * n..][columns.clone()], rows, part.rows, &mut left);
@@ -386,9 +421,22 @@ impl<'a> Tape<'a> {
         self.buffers.give(db);
     }
 
+    /// Packs an activation as right operand, as a product read it.
+    fn pack_input(&mut self, x: Node, rows: usize, k: usize, reads: Reads, right: &mut [u32]) {
+        let (p, values) = (self.params.precision, &self.values[x.0].data);
+        if reads == Reads::Floats {
+            return pack_panels(p, |r| &values[r * k..(r + 1) * k], rows, k, right);
+        }
+        let (mut read, starts) = (self.buffers.take(rows * k), self.borders(rows));
+        let input = Input { values: &self.values[x.0].data, int8: None, rows, starts: &starts };
+        reads.apply(&input, k, &mut self.buffers.runtime, &mut read);
+        pack_panels(p, |r| &read[r * k..(r + 1) * k], rows, k, right);
+        self.buffers.give(read);
+    }
+
     fn norm(&mut self, site: Norm, x: &[f32], residual: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         let p = self.params;
-        let (gamma, beta) = (p.get(Tensor::Gamma(site)), p.get(Tensor::Beta(site)));
+        let (gamma, beta) = (p.read(Tensor::Gamma(site)), p.read(Tensor::Beta(site)));
         let rows = x.len() / gamma.len();
         let (mut y, mut z, mut inv) =
             (self.buffers.take(x.len()), self.buffers.take(x.len()), self.buffers.take(rows));
@@ -402,7 +450,7 @@ impl<'a> Tape<'a> {
         let mut dx = self.buffers.take(dy.len());
         let width = p.data[gamma_id].len();
         let (mut dgamma, mut dbeta) = (vec![0.0; width], vec![0.0; width]);
-        norm::layer_norm_back(dy, z, inv, &p.data[gamma_id], &mut dx, &mut dgamma, &mut dbeta);
+        norm::layer_norm_back(dy, z, inv, p.read(Tensor::Gamma(site)), &mut dx, &mut dgamma, &mut dbeta);
         math::add(&mut g.dense[gamma_id], &dgamma);
         math::add(&mut g.dense[beta_id], &dbeta);
         dx
@@ -414,6 +462,14 @@ impl<'a> Tape<'a> {
     }
 }
 
+/// Where a static range clipped the input, and the gradient that stays there, if all matrices have that range.
+fn clipped(site: &Site, x: &[f32], dx: &[f32], write: Write) -> Option<Vec<(usize, f32)>> {
+    let absmax = site.reads[0].clips()?;
+    let stays = |i: usize| if write == Write::Add { dx[i] } else { 0.0 };
+    let out = x.iter().enumerate().filter(|(_, v)| v.abs() > absmax).map(|(i, _)| (i, stays(i)));
+    site.reads.iter().all(|r| *r == site.reads[0]).then(|| out.collect())
+}
+
 impl Ops for Tape<'_> {
     type Act = Node;
 
@@ -421,10 +477,10 @@ impl Ops for Tape<'_> {
         let (p, width, count) = (self.params, self.params.spec.embedding(), batch.tokens());
         self.batch = batch.clone();
         let mut x = self.buffers.take(count * width);
-        rows::gather(p.get(Tensor::Word), width, &batch.ids, &mut x);
+        p.read_words(&batch.ids, &mut x);
         let tables = rows::Tables {
-            position: p.get(Tensor::Position),
-            token_type: p.find(Tensor::TokenType).map_or(&[], |i| &p.data[i]),
+            position: p.read(Tensor::Position),
+            token_type: p.find(Tensor::TokenType).map_or(&[], |_| p.read(Tensor::TokenType)),
             width,
         };
         rows::add_embeddings(tables, &batch.types, &batch.positions, &mut x);
@@ -446,6 +502,13 @@ impl Ops for Tape<'_> {
         self.draw.with_probs(layer, |drop| {
             attention_keep(x, heads, &batch.starts, drop, &mut probs, &mut context, scratch);
         });
+        if self.params.quant.is_some() && self.draw.rate.attention == 0.0 {
+            // The same but for rounding, which quantising may enlarge: as the deployed model does it.
+            let longest = batch.ranges().map(|s| s.len()).max().unwrap_or(0);
+            let mut scratch = self.buffers.take(heads.scratch_len(longest));
+            attention(&self.values[qkv.0].data, heads, &batch.starts, &mut context, &mut scratch);
+            self.buffers.give(scratch);
+        }
         self.push(rows, inner, context, Op::Attention { layer, qkv, probs })
     }
 

@@ -132,7 +132,7 @@ impl Checkpoint {
     }
 
     /// A checkpoint of some tensors: what [`Checkpoint::get`] may ask for, and no more.
-    pub(crate) fn part(spec: ModelSpec, tensors: Vec<(Tensor, Stored)>) -> Checkpoint {
+    pub fn part(spec: ModelSpec, tensors: Vec<(Tensor, Stored)>) -> Checkpoint {
         let index = tensors.iter().enumerate().map(|(i, (t, _))| (*t, i)).collect();
         let (labels, warnings, config) = (vec![], vec![], serde_json::Map::new());
         let tensors = tensors.into_iter().map(|(_, stored)| stored).collect();

@@ -2,9 +2,11 @@
 //! the layout of bitsandbytes; *where* a scheme applies is an ordered list of (site pattern, scheme).
 
 pub mod calibrate;
+mod distortion;
 pub mod four_bit;
 pub mod int8;
 
+pub use distortion::{Distortion, distortions};
 pub use four_bit::{Absmax, Compute, FourBit, FourBitKind, FourBitOptions};
 pub use int8::{Int8Input, Int8Rows};
 
@@ -293,26 +295,36 @@ fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme, ranges: &BTreeMap<Lin
             def.name, values[i]
         )));
     }
+    let absmax = match (scheme, def.tensor) {
+        // The unused pooler has no input at all.
+        (_, Tensor::W(Lin::UnusedPooler)) => Some(0.0),
+        (_, Tensor::W(lin)) => ranges.get(&lin).copied(),
+        _ => None,
+    };
+    if scheme == Scheme::Int8Static && absmax.is_none() {
+        return Err(Error::invalid(format!("{}: {scheme} needs calibration sentences", def.name)));
+    }
     let columns = def.shape.last().copied().unwrap_or(1);
-    let int8 = |input| Stored::Int8(Int8Rows::encode(&values, columns, input));
+    Ok(encode(&values, columns, scheme, source, absmax.unwrap_or(0.0)))
+}
+
+/// Rows of `columns` values in a scheme. `source` is the type that 4-bit blocks decode to; `absmax` is of the input, for
+/// `int8-static` alone. A value beyond f16 makes an int8 row that decodes to NaN.
+pub fn encode(values: &[f32], columns: usize, scheme: Scheme, source: FloatType, absmax: f32) -> Stored {
+    let int8 = |input| Stored::Int8(Int8Rows::encode(values, columns, input));
     let four_bit = |kind, double_quant, compute| {
-        Stored::FourBit(FourBit::encode(&values, FourBitOptions { kind, double_quant, source, compute }))
+        Stored::FourBit(FourBit::encode(values, FourBitOptions { kind, double_quant, source, compute }))
     };
     let dense = |dtype: FloatType| Stored::Float { dtype, data: values.iter().map(|&v| dtype.round(v)).collect() };
-    Ok(match scheme {
+    match scheme {
         Scheme::F32 => dense(FloatType::F32),
         Scheme::F16 => dense(FloatType::F16),
         Scheme::Bf16 => dense(FloatType::Bf16),
         Scheme::Int8 => int8(Int8Input::Dynamic),
-        Scheme::Int8Static => match def.tensor {
-            // The unused pooler has no input at all.
-            Tensor::W(Lin::UnusedPooler) => int8(Int8Input::Static { absmax: 0.0 }),
-            Tensor::W(lin) if let Some(&absmax) = ranges.get(&lin) => int8(Int8Input::Static { absmax }),
-            _ => return Err(Error::invalid(format!("{}: {scheme} needs calibration sentences", def.name))),
-        },
+        Scheme::Int8Static => int8(Int8Input::Static { absmax }),
         Scheme::Int8Weight => int8(Int8Input::Float),
         Scheme::BnbInt8 { threshold } => int8(Int8Input::Mixed { threshold }),
         Scheme::Nf4 { double_quant, compute } => four_bit(FourBitKind::Nf4, double_quant, compute),
         Scheme::Fp4 { double_quant, compute } => four_bit(FourBitKind::Fp4, double_quant, compute),
-    })
+    }
 }

@@ -6,6 +6,7 @@
 
 pub mod classifier;
 pub mod linear;
+pub mod reads;
 mod session;
 mod split;
 pub mod stream;
@@ -34,8 +35,8 @@ pub use quetsch_kernels::peak;
 pub use quetsch_kernels::team::Team;
 pub use session::Session;
 
-/// The team of a forward on one thread.
-static ALONE: LazyLock<Team> = LazyLock::new(|| Team::new(1));
+/// The team of one thread.
+pub static ALONE: LazyLock<Team> = LazyLock::new(|| Team::new(1));
 
 /// A model packed for this machine; lives in RAM only.
 pub struct Model {

@@ -2,14 +2,17 @@
 
 use crate::ui::{Ui, mb};
 use crate::work::corpus::disk_bytes;
-use anyhow::Result;
+use crate::work::pretty;
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
+use quetsch::atomic::Folder;
 use quetsch::checkpoint::{Checkpoint, Stored};
-use quetsch::dir;
+use quetsch::family::Family;
 use quetsch::prune::dense;
 use quetsch::quant::{self, Scheme};
-use quetsch::spec::{Role, TensorDef};
-use serde_json::json;
+use quetsch::spec::{HeadSpec, Role, TensorDef};
+use quetsch::{config, dir};
+use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 
 /// Flags of `export`.
@@ -50,6 +53,25 @@ enum Layout {
     Compact,
     /// Back as zeros: loads as a plain BERT, computes the same
     Dense,
+    /// As compact, with Python code beside the weights: loads where `trust_remote_code=True` lets it run
+    RemoteCode,
+}
+
+/// The code of [`Layout::RemoteCode`], our own.
+const MODULE: &str = "modeling_quetsch";
+const CODE: &str = include_str!("export/modeling_quetsch.py");
+
+/// The keys of config.json that make transformers load a model with [`CODE`].
+fn remote_code(ck: &Checkpoint) -> Result<Map<String, Value>> {
+    let spec = &ck.spec;
+    let family = spec.family.facts().class;
+    if spec.family == Family::DistilBert || spec.head == HeadSpec::None {
+        bail!("the remote-code layout is for classifiers of BERT, RoBERTa and ELECTRA; export the dense layout");
+    }
+    let student = if matches!(spec.head, HeadSpec::MeanMlp { .. }) { "Student" } else { "" };
+    let class = format!("Quetsch{family}{student}");
+    let map = json!({ "AutoModelForSequenceClassification": format!("{MODULE}.{class}") });
+    Ok(Map::from_iter([("architectures".to_string(), json!([class])), ("auto_map".to_string(), map)]))
 }
 
 /// Runs `export`.
@@ -86,7 +108,18 @@ pub fn run(e: &Export, ui: &Ui) -> Result<()> {
         let keep = quant::default_keep(&model.checkpoint.spec);
         model.checkpoint = quant::quantise(&model.checkpoint, &[("*".into(), scheme)], &keep)?;
     }
-    dir::write(&e.out, &model, e.force)?;
+    let folder = Folder::create(&e.out, e.force)?;
+    dir::write_into(&folder, &model)?;
+    if e.layout == Layout::RemoteCode {
+        ui.warn(format!("{MODULE}.py is code: who loads this model runs it, with trust_remote_code=True"));
+        let mut config = config::render(&model.checkpoint)?;
+        // transformers 4 would prune by these once more; `quetsch.layers` says it all.
+        ["student_pruned_heads", "pruned_heads"].into_iter().for_each(|key| drop(config.shift_remove(key)));
+        config.extend(remote_code(&model.checkpoint)?);
+        folder.write("config.json", &pretty(&config)?)?;
+        folder.write(format!("{MODULE}.py"), CODE.as_bytes())?;
+    }
+    folder.commit()?;
     let bytes = disk_bytes(&e.out);
     let facts = json!({ "out": e.out, "disk_bytes": bytes, "parameters": model.checkpoint.parameters() });
     ui.result(format!("{}: {:.1} MB", e.out.display(), mb(bytes)), &facts)

@@ -1,23 +1,28 @@
 //! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept.
 
 use crate::ui::{Ui, mb, percent};
+use crate::work::REPORT;
 use crate::work::parts::{bytes, part_of};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use quetsch::dir;
 use quetsch::prune;
-use quetsch::quant::{self, Scheme};
+use quetsch::quant::{self, Distortion, Scheme};
 use quetsch::spec::Tensor;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Flags of `inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
     /// Model directory
     dir: PathBuf,
+    /// The float model that a quantised one was made from: how far every tensor lies from it. Without it --verbose
+    /// shows what was recorded when it was quantised
+    #[arg(long, value_name = "DIR")]
+    against: Option<PathBuf>,
 }
 
 #[derive(Default, Serialize)]
@@ -50,6 +55,9 @@ struct Facts {
     /// Share of zeros of the linears that have any to speak of.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     sparsity: BTreeMap<String, f64>,
+    /// Of quantised tensors, from the float ones they were made from.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    distortion: BTreeMap<String, Distortion>,
     warnings: Vec<String>,
 }
 
@@ -72,7 +80,13 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
         spec.linears().into_iter().map(|(l, ..)| (quant::site(spec, l), Scheme::of(ck.get(Tensor::W(l))).name()));
     // A weight that is 0 by chance is no sparsity.
     let zeros = prune::sparsity(&ck).into_iter().filter(|(_, share)| *share >= 0.001);
+    let distortion = match &i.against {
+        Some(parent) => quant::distortions(&dir::read_checkpoint(parent)?, &ck)?,
+        None if ui.verbose => recorded(&i.dir)?,
+        None => BTreeMap::new(),
+    };
     let facts = Facts {
+        distortion,
         sparsity: zeros.map(|(l, share)| (quant::site(spec, l), share)).collect(),
         parameters: ck.parameters(),
         bytes: parts.values().map(|p| p.bytes).sum(),
@@ -96,6 +110,19 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
         parts,
     };
     ui.result(human(&facts), &facts)
+}
+
+/// What the stage that quantised a model wrote down.
+fn recorded(dir: &Path) -> Result<BTreeMap<String, Distortion>> {
+    let path = dir.join(REPORT);
+    let Ok(text) = std::fs::read(&path) else { return Ok(BTreeMap::new()) };
+    #[derive(Deserialize)]
+    struct Report {
+        #[serde(default)]
+        distortion: BTreeMap<String, Distortion>,
+    }
+    let report: Report = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+    Ok(report.distortion)
 }
 
 fn table(header: &[&str], left: &[usize]) -> Table {
@@ -145,6 +172,14 @@ fn human(f: &Facts) -> String {
         f.head,
         schemes.join("\n")
     );
+    if !f.distortion.is_empty() {
+        let mut distortion = table(&["quantised tensor", "mean |error|", "max |error|", "SQNR dB"], &[0]);
+        for (name, d) in &f.distortion {
+            let sqnr = d.sqnr_db.map_or("-".into(), |db| format!("{db:.1}"));
+            distortion.add_row([name.clone(), format!("{:.2e}", d.mean_abs), format!("{:.2e}", d.max_abs), sqnr]);
+        }
+        text += &format!("\n\n{distortion}");
+    }
     if !f.sparsity.is_empty() {
         text += "\n\nzeros (they take the same time and space as other weights):";
         for (site, share) in &f.sparsity {

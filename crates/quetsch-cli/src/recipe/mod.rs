@@ -375,7 +375,13 @@ impl Source {
                 s.teacher = s.teacher.take().or_else(|| trained().or_else(unquantised));
                 s.training.seed.get_or_insert(recipe.seed);
             }
-            Kind::Quantize(s) => s.model = s.model.take().or_else(unquantised),
+            Kind::Quantize(s) => {
+                s.model = s.model.take().or_else(unquantised);
+                if s.trains() {
+                    s.teacher = s.teacher.take().or_else(|| trained().or_else(unquantised));
+                    s.training.seed.get_or_insert(recipe.seed);
+                }
+            }
             Kind::Eval(s) => s.model = s.model.take().or_else(before),
             Kind::Compare(s) => {
                 if s.models.is_empty() {
@@ -413,7 +419,10 @@ impl Kind {
                 std::iter::once(("teacher", s.teacher.clone())).chain(start).chain(more).collect()
             }
             Kind::Prune(s) => vec![("model", s.model.clone()), ("teacher", s.teacher.clone())],
-            Kind::Quantize(s) => vec![("model", s.model.clone())],
+            Kind::Quantize(s) => {
+                let teacher = s.teacher.clone().map(|t| ("teacher", Some(t)));
+                std::iter::once(("model", s.model.clone())).chain(teacher).collect()
+            }
             Kind::Eval(s) => vec![("model", s.model.clone())],
             Kind::Compare(s) => s.models.iter().map(|m| ("models", Some(m.clone()))).collect(),
         }
@@ -427,6 +436,7 @@ impl Kind {
             Kind::Train(s) => s.training.seed,
             Kind::Distill(s) => s.training.seed,
             Kind::Prune(s) => s.training.seed,
+            Kind::Quantize(s) => s.training.seed,
             _ => None,
         }
     }

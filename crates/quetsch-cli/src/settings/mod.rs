@@ -2,17 +2,17 @@
 //! `quetsch distill --alpha 0.3` and `[stage.distill] alpha = 0.3` are the same thing with the same default and the
 //! same check. Key `max-length` is flag `--max-length`.
 
+mod quantize;
 mod search;
 mod training;
 
+pub use quantize::{ComputeType, Quantize};
 pub use search::{Search, Space};
 pub use training::{ClassWeights, Kd, KeepEpoch, Measure, Precision, Qkv, Schedule, Training};
 
-use crate::values::{Amount, SiteRule};
+use crate::values::Amount;
 use crate::work::report::Lang;
 use clap::{Args, ValueEnum};
-use quetsch::quant::Scheme;
-use quetsch::quant::calibrate::Observer;
 use serde::{Deserialize, Serialize};
 
 /// How serious a finding about a setting is.
@@ -468,102 +468,6 @@ impl Settings for Prune {
         c.error(self.score_batches > 0, "score-batches", || "is 0, must be at least 1".into());
         self.kd.check_into(&mut c);
         self.training.check_into(&mut c);
-        c.0
-    }
-}
-
-/// What 4-bit linears multiply in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum ComputeType {
-    /// bfloat16 inputs and weights, f32 sums: as bitsandbytes with `bnb_4bit_compute_dtype=bfloat16`.
-    #[default]
-    Bf16,
-    /// f32 throughout.
-    F32,
-}
-
-/// `[stage.quantize]`: store linears in fewer bits.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
-#[serde(default, rename_all = "kebab-case")]
-pub struct Quantize {
-    /// Model to quantise; a recipe may name an earlier stage
-    #[arg(long, value_name = "DIR")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub model: Option<String>,
-    /// Scheme: f32, f16, bf16, int8, int8-static, int8-weight, bnb-int8, nf4 or fp4
-    #[arg(long, value_name = "SCHEME", default_value_t = Quantize::default().quant)]
-    pub quant: String,
-    /// Sites left in float, besides the last linear of the model; `none` quantises that one too, `auto` keeps the
-    /// fewest that meet the budget
-    #[arg(long, value_delimiter = ',', value_name = "SITE")]
-    pub keep: Vec<String>,
-    /// Another scheme for some sites, later rules win: SITE=SCHEME, such as embeddings.*=int8
-    #[arg(long, value_delimiter = ',', value_name = "SITE=SCHEME")]
-    pub site: Vec<SiteRule>,
-    /// 4-bit: store block scales as f32 instead of quantising them too
-    #[arg(long)]
-    pub no_double_quant: bool,
-    /// 4-bit: what to multiply in
-    #[arg(long, value_enum, default_value_t = ComputeType::Bf16)]
-    pub compute: ComputeType,
-    /// Training sentences that int8-static looks at, spread over labels and lengths
-    #[arg(long, value_name = "N", default_value_t = Quantize::default().calibration)]
-    pub calibration: usize,
-    /// int8-static: how the scale of an input is chosen: min-max, moving-average, percentile, mse or entropy
-    #[arg(long, value_name = "OBSERVER", default_value_t = Quantize::default().observer)]
-    pub observer: String,
-    /// Even out the channels between values and attention output first: exact in float, better in integers
-    #[arg(long)]
-    pub equalise: bool,
-    /// `keep = auto`: points of accuracy on validation data that quantising may cost
-    #[arg(long, value_name = "POINTS", default_value_t = Quantize::default().budget)]
-    pub budget: f64,
-}
-
-impl Quantize {
-    /// Whether it looks at training data.
-    pub fn needs_data(&self) -> bool {
-        let is_static = |name: &str| name == Scheme::Int8Static.name();
-        let auto = self.keep.iter().any(|k| k == "auto");
-        auto || self.equalise || is_static(&self.quant) || self.site.iter().any(|rule| is_static(&rule.scheme))
-    }
-}
-
-impl Default for Quantize {
-    fn default() -> Self {
-        Quantize {
-            model: None,
-            quant: "int8".into(),
-            keep: vec![],
-            site: vec![],
-            no_double_quant: false,
-            compute: ComputeType::Bf16,
-            calibration: 512,
-            observer: Observer::default().to_string(),
-            equalise: false,
-            budget: 0.1,
-        }
-    }
-}
-
-impl Settings for Quantize {
-    fn check(&self) -> Vec<Finding> {
-        let mut c = Check::default();
-        let mut scheme = |key, name: &str| {
-            if let Err(e) = name.parse::<Scheme>() {
-                c.error(false, key, || format!("is {name}: {e}"));
-            }
-        };
-        scheme("quant", &self.quant);
-        self.site.iter().for_each(|rule| scheme("site", &rule.scheme));
-        if let Err(e) = self.observer.parse::<Observer>() {
-            c.error(false, "observer", || e.to_string());
-        }
-        c.error(self.calibration > 0, "calibration", || "is 0, must be at least 1".into());
-        let enough = !self.needs_data() || (512..=2000).contains(&self.calibration);
-        c.warn(enough, "calibration", || format!("is {}, usual are 512 to 2000", self.calibration));
-        c.range("budget", self.budget, 0.0, 100.0);
         c.0
     }
 }

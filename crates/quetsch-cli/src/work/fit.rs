@@ -15,7 +15,7 @@ use quetsch::runtime::Model;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles};
 use quetsch_train::fit::Progress;
 use quetsch_train::{
-    Dropout, Event, FitError, FitSettings, Losses, Objective, Sparsity, State, Stop, TrainSet, fit,
+    Dropout, Event, FitError, FitSettings, Losses, Objective, Qat, Sparsity, State, Stop, TrainSet, fit,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -87,6 +87,8 @@ pub struct Fit<'a> {
     pub settings: &'a Training,
     /// What happens to weights that are exactly 0.
     pub sparsity: Sparsity,
+    /// Quantisation in the forward.
+    pub quant: Option<Qat>,
     /// Threads.
     pub threads: usize,
     /// Folder for the state, the best epoch and `metrics.jsonl`.
@@ -226,6 +228,7 @@ impl Fit<'_> {
             threads: self.threads,
             precision: s.precision.here(),
             sparsity: self.sparsity,
+            quant: self.quant.clone(),
         }
     }
 

@@ -81,6 +81,7 @@ pub fn train(
                     objective,
                     settings: run.settings,
                     sparsity: run.sparsity,
+                    quant: None,
                     threads: run.job.threads,
                     state: &state,
                     key: &format!("{} fold {fold} of {folds}", run.key),

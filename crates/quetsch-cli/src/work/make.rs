@@ -17,7 +17,7 @@ use quetsch::prune;
 use quetsch::runtime::Model;
 use quetsch::tokenizer::Tokenizer;
 use quetsch_train::student::{Shape, random_student};
-use quetsch_train::{ClassWeights, Hard, Objective, Sparsity};
+use quetsch_train::{ClassWeights, Hard, Objective, Qat, Sparsity};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -27,7 +27,7 @@ pub fn make(job: &Job, key: &str, ui: &Ui) -> Result<Made> {
         Kind::Train(s) => train(job, s, key, ui),
         Kind::Distill(s) => distill(job, s, key, ui),
         Kind::Prune(s) => thin::prune(job, s, key, ui),
-        Kind::Quantize(s) => quantize::quantize(job, s, ui),
+        Kind::Quantize(s) => quantize::quantize(job, s, key, ui),
         Kind::Eval(_) | Kind::Compare(_) => bail!("{} makes no model", job.kind.name()),
     }
 }
@@ -197,6 +197,17 @@ pub(super) struct Run<'a> {
 
 impl Run<'_> {
     pub fn fit(&self, start: &Checkpoint, objective: Objective, ui: &Ui) -> Result<(Trained, Map<String, Value>)> {
+        self.fit_quantised(start, objective, None, ui)
+    }
+
+    /// With quantisation in the forward, if there is any: then what comes out is quantised.
+    pub fn fit_quantised(
+        &self,
+        start: &Checkpoint,
+        objective: Objective,
+        quant: Option<Qat>,
+        ui: &Ui,
+    ) -> Result<(Trained, Map<String, Value>)> {
         let test = corpus::test(self.job.data, &start.labels, ui)?;
         let facts = corpus::facts(self.corpus, test.as_ref());
         ui.note(format!(
@@ -223,6 +234,7 @@ impl Run<'_> {
             objective,
             settings: self.settings,
             sparsity: self.sparsity,
+            quant,
             threads: self.job.threads,
             state: &self.job.state(),
             key: self.key,

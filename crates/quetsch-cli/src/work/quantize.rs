@@ -1,6 +1,9 @@
 //! Stage quantize: which tensor gets which scheme, calibration, and how much every linear minds.
 
 use super::corpus::{self, Training as Corpus};
+use super::fit::Trained;
+use super::make::Run;
+use super::teacher::{Inside, soft};
 use super::{Job, Made, fit, make, round};
 use crate::exit::usage;
 use crate::settings::{ComputeType, Quantize};
@@ -8,11 +11,13 @@ use crate::ui::{Ui, percent};
 use anyhow::Result;
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
+use quetsch::dir::ModelDir;
 use quetsch::metrics;
 use quetsch::quant::calibrate::{self, Seen};
 use quetsch::quant::{self, Compute, Scheme};
 use quetsch::runtime::Model;
 use quetsch::spec::{Lin, ModelSpec, Role, Tensor};
+use quetsch_train::{Hard, Objective, Qat, Sparsity};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -47,13 +52,14 @@ pub fn rules(s: &Quantize) -> Result<Vec<(String, Scheme)>> {
 }
 
 /// Quantises a model: checkpoint in, checkpoint out.
-pub fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
+pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
     let model = make::read_model(job.input("model")?, ui)?;
     let rules = rules(s)?;
     let mut report = Map::from_iter([("quant".to_string(), json!(s.quant))]);
     let mut source = model.checkpoint;
     let mut keep = kept(s, &source.spec);
     let mut ranges = BTreeMap::new();
+    let mut trained = None;
     if s.needs_data() {
         let corpus = corpus::training(job.data, &source.labels, job.seed, ui)?;
         let length = source.max_length.unwrap_or(256).min(source.spec.longest());
@@ -83,8 +89,32 @@ pub fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
             keep.extend(found.kept.iter().cloned());
             report.insert("sensitivity".into(), serde_json::to_value(&found)?);
         }
+        if s.trains() {
+            let (rules, keep) = (rules.clone(), keep.clone());
+            let is_static = quant::assign(&source.spec, &rules, &keep)?
+                .iter()
+                .any(|(_, scheme)| *scheme == Some(Scheme::Int8Static));
+            let sample = if is_static { sample } else { vec![] };
+            let qat = Qat { rules, keep, ranges: ranges.clone(), observer, sample };
+            let training = s.training.with_length(length);
+            let run = Run {
+                job,
+                corpus: &corpus,
+                encoded: &encoded,
+                model: &ModelDir { checkpoint: source.clone(), tokenizer: model.tokenizer.clone() },
+                settings: &training,
+                sparsity: Sparsity::Free,
+                key,
+            };
+            let (made, facts) = train(&run, s, qat, ui)?;
+            report.extend(facts);
+            trained = Some(made);
+        }
     }
-    let checkpoint = quant::quantise_calibrated(&source, &rules, &keep, &ranges)?;
+    let (checkpoint, files) = match trained {
+        Some(trained) => (trained.checkpoint, trained.files),
+        None => (quant::quantise_calibrated(&source, &rules, &keep, &ranges)?, vec![]),
+    };
     let scheme = |t: Tensor| Scheme::of(checkpoint.get(t)).name();
     let linears = checkpoint.spec.linears().into_iter();
     let sites: Map<String, Value> =
@@ -101,8 +131,41 @@ pub fn quantize(job: &Job, s: &Quantize, ui: &Ui) -> Result<Made> {
         scheme(Tensor::Word)
     ));
     report.insert("embeddings".into(), json!(scheme(Tensor::Word)));
+    report.insert("distortion".into(), serde_json::to_value(quant::distortions(&source, &checkpoint)?)?);
     report.insert("sites".into(), Value::Object(sites));
-    Ok(Made { checkpoint, tokenizer: model.tokenizer, report, files: vec![] })
+    Ok(Made { checkpoint, tokenizer: model.tokenizer, report, files })
+}
+
+/// Quantisation-aware training: learns from a teacher or, without one, from the float model itself.
+fn train(run: &Run, s: &Quantize, qat: Qat, ui: &Ui) -> Result<(Trained, Map<String, Value>)> {
+    let (job, start) = (run.job, run.model.checkpoint.to_f32());
+    let validated = |ck: &Checkpoint| -> Result<Option<f64>> {
+        let (sentences, truth) = (&run.encoded.validation, &run.corpus.validation.labels);
+        if sentences.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(round(fit::accuracy(ck, sentences, truth, job.threads)?, 5)))
+    };
+    let before = validated(&quant::quantise_calibrated(&start, &qat.rules, &qat.keep, &qat.ranges)?)?;
+    let teacher = match job.inputs.get("teacher") {
+        Some(path) => {
+            let teacher = make::read_model(path, ui)?;
+            make::same_language(&teacher, run.model, "teacher", "model")?;
+            Some(teacher.checkpoint)
+        }
+        None => None,
+    };
+    let (teacher, role) = teacher.as_ref().map_or((&run.model.checkpoint, "model"), |t| (t, "teacher"));
+    let logits = run.teacher_logits(teacher, role, ui)?;
+    let inside = Inside::new(&s.kd, teacher, &start.spec)?;
+    let features = inside.as_ref().map(|i| i.features(&run.encoded.train));
+    let objective = Objective::Distill(Hard::default(), soft(&s.kd, &logits, features));
+    let (trained, mut report) = run.fit_quantised(&start, objective, Some(qat), ui)?;
+    if let Some(before) = before {
+        let after = validated(&trained.checkpoint)?;
+        report.insert("validation_accuracy".into(), json!({ "quantised": before, "trained": after }));
+    }
+    Ok((trained, report))
 }
 
 /// What quantising does to the answers on validation data, beside the model it was made from.

@@ -104,7 +104,7 @@ impl Linear {
     }
 
     /// out `[rows, n]` = f(x W^T + b).
-    pub(super) fn run(&self, x: &Input, f: Activation, team: &Team, ws: &mut Workspace, out: &mut [f32]) {
+    pub fn run(&self, x: &Input, f: Activation, team: &Team, ws: &mut Workspace, out: &mut [f32]) {
         let (rows, step, k) = (x.rows, self.n(), self.k);
         for part in &self.parts {
             let n = part.n;
@@ -248,9 +248,9 @@ fn dynamic(
 }
 
 /// The input of LLM.int8() (Dettmers et al. 2022), rounded to f16 and taken apart; buffers may be longer.
-struct Outliers {
+pub(super) struct Outliers {
     /// `[rows, k]` with zeros where an outlier column was.
-    rest: Vec<f32>,
+    pub(super) rest: Vec<f32>,
     /// `[rows, columns]`: what stood there, zeros where a sequence has no outlier in that column.
     taken: Vec<f32>,
     /// The columns that have an outlier in some sequence, rising, in the first of `columns` words.
@@ -259,7 +259,7 @@ struct Outliers {
 }
 
 /// A column is an outlier when some element of the *sequence* reaches the threshold; 0 turns outliers off.
-fn take_outliers(x: &Input, k: usize, threshold: f32, ws: &mut Workspace) -> Outliers {
+pub(super) fn take_outliers(x: &Input, k: usize, threshold: f32, ws: &mut Workspace) -> Outliers {
     let sequences = if threshold > 0.0 { x.starts.len().saturating_sub(1) } else { 0 };
     let (mut rest, mut largest) = (ws.floats(x.rows * k), ws.floats(sequences * k));
     let mut which = ws.words(k);
@@ -298,7 +298,25 @@ impl Outliers {
                 }
             }
         }
-        [self.rest, self.taken, column].into_iter().for_each(|b| ws.floats.push(b));
+        ws.floats.push(column);
+        self.free(ws);
+    }
+
+    /// out `[rows, k]` with the outliers where they stood.
+    pub(super) fn put_back(self, rows: usize, k: usize, ws: &mut Workspace, out: &mut [f32]) {
+        for (j, c) in self.which[..self.columns].iter().enumerate() {
+            for r in 0..rows {
+                let v = self.taken[r * self.columns + j];
+                if v != 0.0 {
+                    out[r * k + *c as usize] = v;
+                }
+            }
+        }
+        self.free(ws);
+    }
+
+    fn free(self, ws: &mut Workspace) {
+        [self.rest, self.taken].into_iter().for_each(|b| ws.floats.push(b));
         ws.words.push(self.which);
     }
 }
@@ -306,9 +324,9 @@ impl Outliers {
 /// Columns of one tile of the product.
 const TILE: usize = 48;
 
-/// 4-bit weights: [`TILE`] columns of the result, which stay in the second-level cache, are decoded into panels and multiplied at a time. With
-/// [`Compute::Bf16`] input, weights, bias and result are rounded to bfloat16 and products are summed in f32, as
-/// PyTorch's bf16 linear on dequantised weights does; the products of rounded f32 are the same numbers.
+/// 4-bit weights: [`TILE`] columns of the result, which stay in the second-level cache, are decoded into panels and
+/// multiplied at a time. With [`Compute::Bf16`] input, weights, bias and result are rounded to bfloat16 and products are
+/// summed in f32, as PyTorch's bf16 linear on dequantised weights does; the products of rounded f32 are the same numbers.
 #[allow(clippy::too_many_arguments)]
 fn four_bits(
     values: &[f32],

@@ -1,0 +1,123 @@
+//! `quetsch quantize` as a user runs it: calibration, what to keep, training with quantised weights.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::Place;
+use serde_json::Value;
+
+fn json(bytes: &[u8]) -> Value {
+    serde_json::from_slice(bytes).expect("JSON")
+}
+
+fn logits(place: &Place, model: &str) -> Vec<f64> {
+    let lines = place.ok(&format!("predict --model {model} --input texts.txt --format jsonl --logits --top-k 1"));
+    let row = |line: &str| -> Vec<f64> {
+        let answer = json(line.as_bytes());
+        answer["logits"].as_array().expect("logits").iter().filter_map(Value::as_f64).collect()
+    };
+    lines.stdout.lines().flat_map(row).collect()
+}
+
+#[test]
+fn training_with_quantised_weights_comes_nearer_to_the_float_model() {
+    let place = Place::new();
+    place.write("texts.txt", b"i lost my card now\nset a new pin hello\ncharged two times today\n");
+    place.ok("train --model model --train train.csv --epochs 30 --learning-rate 1e-3 --out float");
+    let float = logits(&place, "float");
+    let distance =
+        |model: &str| -> f64 { logits(&place, model).iter().zip(&float).map(|(a, b)| (a - b).powi(2)).sum() };
+    for scheme in ["nf4", "int8-static"] {
+        let line = format!(
+            "quantize --model float --quant {scheme} --site embeddings.*=int8 --train train.csv --validation 0.2 --observer mse --out {scheme}"
+        );
+        let qat = "--epochs 30 --learning-rate 5e-4 --alpha 0 --logits 1";
+        place.ok(&line);
+        place.ok(&format!("{line}-qat {qat}"));
+        let (before, after) = (distance(scheme), distance(&format!("{scheme}-qat")));
+        assert!(after < before, "{scheme}: {before} -> {after}");
+        let report = json(&place.read(&format!("{scheme}-qat/report.json")));
+        assert_eq!(report["sites"]["layer.0.query"], scheme);
+        assert_eq!(report["embeddings"], "int8-weight");
+        assert!(report["validation_accuracy"]["trained"].is_f64() && report["steps"].is_u64(), "{report}");
+        assert!(place.path(&format!("{scheme}-qat/metrics.jsonl")).exists());
+    }
+    let refused = place.run("quantize --model float --quant nf4 --teacher float --out x");
+    assert_eq!(refused.code, 2);
+    assert!(refused.stderr.contains("epochs"), "{}", refused.stderr);
+    let four_bits =
+        "quantize --model float --quant nf4 --site embeddings.*=nf4 --epochs 1 --train train.csv --out y";
+    assert!(place.run(four_bits).stderr.contains("freeze it"));
+    place.ok(&format!("{four_bits} --freeze embeddings."));
+}
+
+#[test]
+fn keep_auto_takes_the_first_sites_that_meet_the_budget() {
+    let place = Place::new();
+    place.ok("train --model model --train train.csv --epochs 30 --learning-rate 1e-3 --out float");
+    let line = "quantize --model float --quant fp4 --keep auto --train train.csv --validation 0.5 --budget";
+    for (budget, out) in [("0", "strict"), ("100", "loose")] {
+        place.ok(&format!("{line} {budget} --out {out}"));
+        let report = json(&place.read(&format!("{out}/report.json")));
+        let found = &report["sensitivity"];
+        let number = |v: &Value| v.as_f64().expect("a number");
+        let (float, result) = (number(&found["float"]["accuracy"]), number(&found["result"]["accuracy"]));
+        assert!(float - result <= number(&found["budget"]) / 100.0 + 1e-5, "{found}");
+        let sites = found["sites"].as_array().expect("sites");
+        assert!(sites.windows(2).all(|w| number(&w[0]["alone"]["kl"]) >= number(&w[1]["alone"]["kl"])));
+        let kept = found["kept"].as_array().expect("kept");
+        assert!(kept.iter().zip(sites).all(|(k, s)| *k == s["site"]), "the first ones of the order: {found}");
+        // One fewer would not do.
+        let all = number(&found["all"]["accuracy"]);
+        assert_eq!(kept.is_empty(), float - all <= number(&found["budget"]) / 100.0 + 1e-5, "{found}");
+        for site in kept {
+            assert_eq!(report["sites"][site.as_str().expect("a name")], "f32");
+        }
+    }
+}
+
+#[test]
+fn a_calibrated_model_runs_and_says_on_what_it_was_calibrated() {
+    let place = Place::new();
+    place.write("texts.txt", b"i lost my card now\n");
+    place.ok("quantize --model model --quant int8-static --train train.csv --calibration 12 --out static");
+    let report = json(&place.read("static/report.json"));
+    let calibration = &report["calibration"];
+    assert_eq!(
+        (calibration["observer"].as_str(), calibration["sentences"].as_u64()),
+        (Some("percentile"), Some(12))
+    );
+    assert_eq!(calibration["rows"].as_array().map(Vec::len), Some(12));
+    assert!(calibration["inputs"]["layer.0.query"]["absmax"].as_f64().is_some_and(|a| a > 0.0));
+    let (float, quantised) = (logits(&place, "model"), logits(&place, "static"));
+    assert_ne!(float, quantised);
+    // Logits span 4; twelve short sentences calibrate badly, but nothing is far off.
+    assert!(float.iter().zip(&quantised).all(|(a, b)| (a - b).abs() < 0.2), "{float:?} {quantised:?}");
+    let inspected = json(place.ok("inspect static --format json").stdout.as_bytes());
+    assert_eq!(inspected["sites"]["layer.0.query"], "int8-static");
+    assert!(inspected.get("distortion").is_none(), "only when asked for");
+    let recorded = json(place.ok("inspect static --verbose --format json").stdout.as_bytes());
+    let measured = json(place.ok("inspect static --against model --format json").stdout.as_bytes());
+    assert_eq!(recorded["distortion"], measured["distortion"]);
+    let one = &measured["distortion"]["backbone.encoder.layer.0.output.dense.weight"];
+    assert!(one["sqnr_db"].as_f64().is_some_and(|db| (35.0..60.0).contains(&db)), "int8 has about 40 dB: {one}");
+    assert!(one["max_abs"].as_f64() > one["mean_abs"].as_f64(), "{one}");
+    assert!(place.ok("inspect static --verbose").stdout.contains("SQNR dB"));
+    let without = place.run("quantize --model model --quant int8-static --out other");
+    assert!(without.code != 0 && without.stderr.contains("--train"), "{}", without.stderr);
+}
+
+#[test]
+fn a_remote_code_export_names_its_code_and_reads_back() {
+    let place = Place::new();
+    place.write("texts.txt", b"i lost my card now\n");
+    let done = place.ok("export --model model --to hf --layout remote-code --out remote");
+    assert!(done.stderr.contains("trust_remote_code"), "{}", done.stderr);
+    let config = json(&place.read("remote/config.json"));
+    let class = config["architectures"][0].as_str().expect("a class");
+    assert_eq!(config["auto_map"]["AutoModelForSequenceClassification"], format!("modeling_quetsch.{class}"));
+    let code = String::from_utf8(place.read("remote/modeling_quetsch.py")).expect("text");
+    assert!(code.contains(&format!("class {class}(")), "{class}");
+    assert!(config.get("student_pruned_heads").is_none(), "transformers 4 would prune once more");
+    assert_eq!(logits(&place, "remote"), logits(&place, "model"));
+}

@@ -1,0 +1,72 @@
+//! What the product of a quantised linear reads of its input, as floats again: where straight-through training takes
+//! its derivatives.
+
+use super::linear::{Input, take_outliers};
+use super::{ALONE, Workspace};
+use crate::checkpoint::Stored;
+use crate::quant::{Compute, Int8Input};
+use quetsch_kernels::{int8, math};
+
+/// What happens to an input before it is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reads {
+    /// Nothing.
+    Floats,
+    /// Rounded to bfloat16.
+    Bf16,
+    /// As int8 says: by row, with one absmax, or all but the outlier columns.
+    Int8(Int8Input),
+}
+
+impl Reads {
+    /// By the weight that it is multiplied with.
+    pub fn of(weight: &Stored) -> Reads {
+        match weight {
+            Stored::Int8(q) if q.input != Int8Input::Float => Reads::Int8(q.input),
+            Stored::FourBit(q) if q.compute == Compute::Bf16 => Reads::Bf16,
+            _ => Reads::Floats,
+        }
+    }
+
+    /// Above which magnitude inputs are clipped.
+    pub fn clips(self) -> Option<f32> {
+        match self {
+            Reads::Int8(Int8Input::Static { absmax }) => Some(absmax),
+            _ => None,
+        }
+    }
+
+    /// out `[rows, k]` = `x` as it is multiplied.
+    pub fn apply(self, x: &Input, k: usize, ws: &mut Workspace, out: &mut [f32]) {
+        let (values, out) = (&x.values[..x.rows * k], &mut out[..x.rows * k]);
+        match self {
+            Reads::Floats | Reads::Int8(Int8Input::Float) => out.copy_from_slice(values),
+            Reads::Bf16 => math::round_to_bf16(values, out),
+            Reads::Int8(Int8Input::Dynamic) => by_row(values, x.rows, k, ws, out),
+            Reads::Int8(Int8Input::Static { absmax }) => {
+                let q = ws.quantise_static(values, x.rows, k, absmax);
+                decode(&q.rows(), k, out);
+                ws.free(q);
+            }
+            Reads::Int8(Int8Input::Mixed { threshold }) => {
+                let outliers = take_outliers(x, k, threshold, ws);
+                by_row(&outliers.rest, x.rows, k, ws, out);
+                outliers.put_back(x.rows, k, ws, out);
+            }
+        }
+    }
+}
+
+fn by_row(values: &[f32], rows: usize, k: usize, ws: &mut Workspace, out: &mut [f32]) {
+    let q = ws.quantise(&ALONE, values, rows, k);
+    decode(&q.rows(), k, out);
+    ws.free(q);
+}
+
+/// x = q * scale.
+fn decode(x: &int8::Rows, k: usize, out: &mut [f32]) {
+    for (r, scale) in x.scale.iter().enumerate() {
+        let q = &x.q[r * int8::stride(k)..][..k];
+        q.iter().zip(&mut out[r * k..]).for_each(|(q, x)| *x = f32::from(*q) * scale);
+    }
+}

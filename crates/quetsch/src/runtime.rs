@@ -15,6 +15,7 @@ use crate::dir::Source;
 use crate::error::{Error, Result};
 use crate::ops::{Inspect, Ops, forward};
 use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
+use crate::task::Units;
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
 use quetsch_kernels::{attention, int8, norm, rows};
@@ -110,11 +111,14 @@ impl Model {
             Norm::Embeddings if self.spec.is_projected() => self.linears.get(&Lin::EmbedProjection),
             Norm::Embeddings => self.qkv.first(),
             Norm::Attention(l) => self.linears.get(&Lin::Up(l)),
+            Norm::Ffn(l) if l + 1 == self.qkv.len() && matches!(self.spec.head, HeadSpec::Tokens { .. }) => {
+                self.linears.get(&Lin::Classifier)
+            }
             Norm::Ffn(l) => self.qkv.get(l + 1),
         }
     }
 
-    /// Logits `[sentences, labels]` of a batch, or hidden states `[tokens, hidden]` of a bare body.
+    /// Logits `[sentences, labels]` or `[tokens, labels]` of a batch, or hidden states `[tokens, hidden]` of a bare body.
     ///
     /// # Errors
     /// The file that holds the word embeddings cannot be read any more.
@@ -126,7 +130,7 @@ impl Model {
         ops.failed.map_or(Ok(out), Err)
     }
 
-    /// Logits `[sentences, labels]` in the order given. Sentences are packed into chunks of about `CHUNK` tokens that
+    /// Logits `[sentences, labels]`, or `[tokens, labels]` of a head on tokens, in the order given. Sentences are packed into chunks of about `CHUNK` tokens that
     /// `threads` threads take one after the other; an answer does not depend on who shares its chunk.
     ///
     /// # Errors
@@ -158,7 +162,11 @@ impl Model {
             }
             Ok(done)
         };
-        let mut out = vec![0.0; sentences.len() * labels];
+        let first_row = |sentence: usize| match self.spec.head {
+            HeadSpec::Tokens { .. } => sentences[..sentence].iter().map(|e| e.ids.len()).sum(),
+            _ => sentence,
+        };
+        let mut out = vec![0.0; first_row(sentences.len()) * labels];
         let parts = if threads <= 1 || chunks.len() <= 1 {
             vec![work()]
         } else {
@@ -169,10 +177,19 @@ impl Model {
         };
         for part in parts {
             for (start, logits) in part? {
-                out[start * labels..start * labels + logits.len()].copy_from_slice(&logits);
+                out[first_row(start) * labels..][..logits.len()].copy_from_slice(&logits);
             }
         }
         Ok(out)
+    }
+
+    /// Logits `[units, labels]` of what has an answer.
+    ///
+    /// # Errors
+    /// As [`Model::logits`].
+    pub fn answers(&self, sentences: &[Encoding], units: &Units, threads: usize) -> Result<Vec<f32>> {
+        let output = self.logits(sentences, threads)?;
+        Ok(units.gather(output, self.spec.head.labels(), sentences.iter().map(|e| e.ids.len())))
     }
 }
 

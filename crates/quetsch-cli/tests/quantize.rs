@@ -39,7 +39,7 @@ fn training_with_quantised_weights_comes_nearer_to_the_float_model() {
         let report = json(&place.read(&format!("{scheme}-qat/report.json")));
         assert_eq!(report["sites"]["layer.0.query"], scheme);
         assert_eq!(report["embeddings"], "int8-weight");
-        assert!(report["validation_accuracy"]["trained"].is_f64() && report["steps"].is_u64(), "{report}");
+        assert!(report["validation_score"]["trained"].is_f64() && report["steps"].is_u64(), "{report}");
         assert!(place.path(&format!("{scheme}-qat/metrics.jsonl")).exists());
     }
     let refused = place.run("quantize --model float --quant nf4 --teacher float --out x");

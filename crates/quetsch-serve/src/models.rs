@@ -11,6 +11,7 @@ use quetsch::dir::Source;
 use quetsch::quant::FourBitKind;
 use quetsch::runtime::{Classifier, Workspace};
 use quetsch::spec::{Lin, Tensor};
+use quetsch::task::Level;
 use quetsch::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -139,6 +140,9 @@ pub enum Which {
 
 fn load(name: &str, path: &Path, max_length: Option<usize>) -> Result<Served> {
     let classifier = Classifier::load(path, max_length)?;
+    if classifier.task().level == Level::Token {
+        return Err(Error::file(path, "the model answers for each word of a text, which no protocol here can say"));
+    }
     let dtype = dtype(path)?;
     let sentence = classifier.tokenizer().encode("warm up", classifier.max_length())?;
     let batch = Batch::new(classifier.model().spec(), [&sentence])?;

@@ -10,6 +10,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use quetsch::metrics::{softmax, top_k};
+use quetsch::task::Problem;
 use quetsch::tokenizer::Cut;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -167,9 +168,15 @@ fn predictions(mut scores: Vec<f32>, labels: &[String], function: Function, k: u
     order.into_iter().map(|i| Prediction { score: scores[i], label: &labels[i] }).collect()
 }
 
-/// What a classifier's scores are if nobody says: probabilities, of a single label by a sigmoid.
+/// What a model's scores are if nobody says: probabilities, of several labels and of a single output by a sigmoid;
+/// numbers as they are.
 fn usual(model: &Served) -> Function {
-    if model.classifier.labels().len() == 1 { Function::Sigmoid } else { Function::Softmax }
+    match model.classifier.task().problem {
+        Problem::Regression => Function::None,
+        Problem::MultiLabel => Function::Sigmoid,
+        Problem::SingleLabel if model.classifier.labels().len() == 1 => Function::Sigmoid,
+        Problem::SingleLabel => Function::Softmax,
+    }
 }
 
 /// `POST /predict`.

@@ -8,7 +8,7 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use quetsch::batch::Encoding;
-use quetsch::metrics::{argmax, softmax};
+use quetsch::metrics::argmax;
 use quetsch::tokenizer::Cut;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -69,14 +69,14 @@ async fn try_classify(app: &App, request: Request) -> Result<Value, Refusal> {
         Input::Ids(ids) => engine.classify_ids(&model, vec![row(ids)]).await,
         Input::ManyIds(rows) => engine.classify_ids(&model, rows.into_iter().map(row).collect()).await,
     }?;
-    let labels = model.classifier.labels();
+    let (labels, problem) = (model.classifier.labels(), model.classifier.task().problem);
     let data: Vec<Value> = answers
         .logits
         .into_iter()
         .enumerate()
         .map(|(index, mut probs)| {
             let label = &labels[argmax(&probs)];
-            softmax(&mut probs);
+            problem.scores(&mut probs);
             json!({ "index": index, "label": label, "probs": probs, "num_classes": labels.len() })
         })
         .collect();

@@ -123,7 +123,7 @@ fn measure(work: &Work, precision: Precision, freeze: bool, threads: usize) -> R
         sparsity: Sparsity::Free,
         quant: None,
     };
-    let set = TrainSet { encodings: &work.encodings, labels: &work.labels };
+    let set = TrainSet::sentences(&work.encodings, &work.labels);
     let (mut ms, mut last) = (vec![], Instant::now());
     let mut on = |e: Event| {
         if let Event::Step(p) = e {

@@ -3,7 +3,7 @@
 //! The order of examples, the dropout masks and the learning rate are functions of (seed, step), so a run that goes
 //! on from a saved state ends with the bytes of one that was never interrupted, given the same thread count.
 
-use crate::loss::{Losses, Objective, Soft, UNLABELLED};
+use crate::loss::{Loss, Losses, Measure, Objective, Soft, UNLABELLED};
 use crate::optim::{AdamW, Rates};
 use crate::params::Params;
 use crate::qat::Qat;
@@ -15,6 +15,7 @@ use crate::tape::Dropout;
 use quetsch::Error;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::rng::{Rng, key};
+use quetsch::task::{Targets, Units};
 use quetsch_kernels::panels::Precision;
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -173,13 +174,11 @@ fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSetti
     if labels == 0 {
         return bad("training needs a model with a classification head".into());
     }
-    if set.encodings.is_empty() || set.encodings.len() != set.labels.len() {
-        return bad(format!("{} sentences and {} labels to train on", set.encodings.len(), set.labels.len()));
+    let (units, known) = (set.units.count(set.encodings.len()), set.targets.len());
+    if units == 0 || units != known {
+        return bad(format!("{units} sentences or words and {known} labels to train on"));
     }
-    let taught = objective.soft().is_some();
-    if let Some(l) = set.labels.iter().find(|l| **l as usize >= labels && !(taught && **l == UNLABELLED)) {
-        return bad(format!("label index {l} in the training data, the model has {labels} labels"));
-    }
+    check_targets(set, objective, labels)?;
     if s.epochs == 0 || s.batch_size == 0 || s.accumulate == 0 {
         return bad("epochs, batch_size and accumulate must be at least 1".into());
     }
@@ -213,10 +212,42 @@ fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSetti
     }
     s.sparsity.check()?;
     objective.features().map_or(Ok(()), |f| f.check(&start.spec, set))?;
-    objective.soft().map_or(Ok(()), |soft| check_soft(&soft, set.labels.len(), labels))
+    objective.soft().map_or(Ok(()), |soft| check_soft(&soft, units, labels))
 }
 
-fn check_soft(soft: &Soft, sentences: usize, labels: usize) -> Result<(), Error> {
+/// Whether targets, loss and head speak of the same.
+fn check_targets(set: &TrainSet, objective: &Objective, labels: usize) -> Result<(), Error> {
+    let bad = |m: String| Err(Error::invalid(m));
+    let hard = objective.hard();
+    let is_words = matches!(set.units, Units::Words { .. });
+    match (set.targets, hard.loss) {
+        (Targets::Classes(classes), Loss::CrossEntropy) => {
+            let may_be_open = objective.soft().is_some() || is_words;
+            if let Some(l) = classes.iter().find(|l| **l as usize >= labels && !(may_be_open && **l == UNLABELLED))
+            {
+                return bad(format!("label index {l} in the training data, the model has {labels} labels"));
+            }
+        }
+        (Targets::Values { outputs, .. }, Loss::Binary | Loss::Distance(_)) if outputs == labels => {}
+        (Targets::Values { outputs, .. }, Loss::Binary | Loss::Distance(_)) => {
+            return bad(format!("{outputs} numbers a unit in the training data, the model has {labels} outputs"));
+        }
+        (_, loss) => return bad(format!("the training data's labels are not what {loss:?} compares with")),
+    }
+    if hard.loss != Loss::CrossEntropy && (hard.label_smoothing != 0.0 || !hard.class_weights.is_empty()) {
+        return bad("label smoothing and class weights are for tasks with a single label".into());
+    }
+    if hard.loss == Loss::Distance(Measure::Cosine) {
+        return bad("outputs that are numbers are compared by mse or l1, not by their cosine".into());
+    }
+    let differences = objective.soft().is_some_and(|s| s.differences != 0.0);
+    if differences && !(is_words && matches!(hard.loss, Loss::Distance(_))) {
+        return bad("first differences are those of numbers from word to word: this is another task".into());
+    }
+    Ok(())
+}
+
+fn check_soft(soft: &Soft, units: usize, labels: usize) -> Result<(), Error> {
     let bad = |m: String| Err(Error::invalid(m));
     for alpha in [Some(soft.alpha), soft.alpha_end].into_iter().flatten() {
         if !(0.0..=1.0).contains(&alpha) {
@@ -228,12 +259,14 @@ fn check_soft(soft: &Soft, sentences: usize, labels: usize) -> Result<(), Error>
             return bad(format!("temperature is {temperature}, expected a number above 0"));
         }
     }
-    if !(soft.logits_weight.is_finite() && soft.logits_weight >= 0.0) {
-        return bad(format!("the weight of the logits' distance is {}, expected 0 or more", soft.logits_weight));
+    for (name, weight) in [("the logits' distance", soft.logits_weight), ("first differences", soft.differences)] {
+        if !(weight.is_finite() && weight >= 0.0) {
+            return bad(format!("the weight of {name} is {weight}, expected 0 or more"));
+        }
     }
-    if soft.logits.len() != sentences * labels {
+    if soft.logits.len() != units * labels {
         return bad(format!(
-            "{} teacher logits, expected {sentences} sentences x {labels} labels: do teacher and student have the same \
+            "{} teacher logits, expected {units} units x {labels} labels: do teacher and student have the same \
              labels?",
             soft.logits.len()
         ));
@@ -269,7 +302,7 @@ pub fn fit(
     let mut adamw = AdamW::new(&params);
     let lengths: Vec<usize> = set.encodings.iter().map(|e| e.ids.len()).collect();
     let per_step = s.batch_size * s.accumulate;
-    let per_epoch = set.labels.len().div_ceil(per_step);
+    let per_epoch = set.encodings.len().div_ceil(per_step);
     let steps = s.epochs * per_epoch;
     let warmup = (f64::from(s.warmup) * steps as f64) as usize;
     if let Some(state) = state.filter(|s| s.resume)

@@ -21,7 +21,7 @@ mod threads;
 
 pub use features::{Features, LayerMap};
 pub use fit::{Event, FitError, FitSettings, Fitted, Stop, TrainSet, fit};
-pub use loss::{ClassWeights, Hard, Losses, Measure, Objective, Soft, UNLABELLED};
+pub use loss::{ClassWeights, Hard, Loss, Losses, Measure, Objective, Soft, UNLABELLED};
 pub use qat::Qat;
 pub use quetsch_kernels::panels::Precision;
 pub use schedule::Schedule;

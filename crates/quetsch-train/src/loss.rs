@@ -4,17 +4,32 @@
 //! `alpha * CE(s, y) + (1 - alpha) * T^2 * KL(softmax(t / T) || softmax(s / T))`, the KL a mean over the sentences
 //! (`reduction="batchmean"`), the CE PyTorch's weighted mean: with class weights w and label smoothing e
 //! `sum_i (1 - e) w[y_i] nll(i, y_i) + e / C * sum_c w[c] nll(i, c)`, divided by `sum_i w[y_i]`. Beside them, with a weight of
-//! its own: a distance of the logits (Ba & Caruana 2014), and what happens inside ([`crate::features`]).
+//! its own: a distance of the logits (Ba & Caruana 2014), and what happens inside ([`crate::features`]). Several labels and
+//! numbers have their own in the places of the two ([`Loss`]).
 
 use crate::features::Features;
+use quetsch::task::Targets;
 use quetsch_kernels::math::softmax;
 
-/// The label of a sentence without one: it learns from the teacher alone.
-pub const UNLABELLED: u32 = u32::MAX;
+pub use quetsch::task::UNLABELLED;
 
-/// Cross-entropy with the labels.
+/// What compares outputs with what is true, and with a teacher's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Loss {
+    /// One label of many: cross-entropy; KL(softmax(t / T) || softmax(s / T)).
+    #[default]
+    CrossEntropy,
+    /// Each label for itself: binary cross-entropy; KL(sigmoid(t / T) || sigmoid(s / T)). Means over labels.
+    Binary,
+    /// Numbers: their distance, on both sides; a temperature has no meaning.
+    Distance(Measure),
+}
+
+/// The loss with what is true.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hard<'a> {
+    /// Which.
+    pub loss: Loss,
     /// Share of the target spread over all labels (Szegedy et al. 2016), as `label_smoothing` in PyTorch.
     pub label_smoothing: f32,
     /// Weight of each class, as `weight` in PyTorch; empty where all weigh 1.
@@ -80,6 +95,8 @@ pub struct Soft<'a> {
     pub logits_weight: f32,
     /// That distance.
     pub logits_loss: Measure,
+    /// Numbers of a sequence: weight of the distance of their first differences, from each word to the next.
+    pub differences: f32,
     /// What happens inside.
     pub features: Option<Features<'a>>,
 }
@@ -87,9 +104,9 @@ pub struct Soft<'a> {
 /// What is minimised.
 #[derive(Clone, Copy)]
 pub enum Objective<'a> {
-    /// Cross-entropy with the labels.
+    /// The loss with the labels.
     CrossEntropy(Hard<'a>),
-    /// Cross-entropy with the labels and divergence from a teacher.
+    /// The loss with the labels and divergence from a teacher.
     Distill(Hard<'a>, Soft<'a>),
 }
 
@@ -167,35 +184,44 @@ impl ClassWeights {
 pub struct Shares {
     /// 1 / sum of the labels' weights.
     hard: f32,
-    /// 1 / sentences.
+    /// 1 / units.
     soft: f32,
+    /// 1 / pairs of neighbours.
+    pair: f32,
     /// 1 / tokens.
     pub(crate) token: f32,
 }
 
 impl Shares {
-    /// Of a step with these labels and so many tokens.
+    /// Of a step with these labels by unit and so many tokens.
     pub fn of(objective: &Objective, labels: impl ExactSizeIterator<Item = u32>, tokens: usize) -> Shares {
         let token = 1.0 / tokens.max(1) as f32;
         let soft = 1.0 / labels.len().max(1) as f32;
         let weight = |l: u32| objective.hard().class_weights.get(l as usize).map_or(1.0, |w| f64::from(*w));
         let labelled: f64 = labels.filter(|l| *l != UNLABELLED).map(weight).sum();
         let hard = if labelled > 0.0 { (1.0 / labelled) as f32 } else { 0.0 };
-        Shares { hard, soft, token }
+        Shares { hard, soft, pair: 0.0, token }
+    }
+
+    /// With so many pairs of neighbouring units.
+    pub fn with_pairs(self, pairs: usize) -> Shares {
+        Shares { pair: 1.0 / pairs.max(1) as f32, ..self }
     }
 }
 
-/// Loss parts, each per sentence.
+/// Loss parts, each per unit: sentence or word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Losses {
     /// What is minimised.
     pub total: f64,
-    /// Cross-entropy.
+    /// The [`Loss`] with the labels: cross-entropy, or what stands for it.
     pub ce: f64,
-    /// T^2 * KL; 0 without a teacher.
+    /// T^2 * KL, or what stands for it; 0 without a teacher.
     pub kl: f64,
     /// Distance of the logits; 0, as the following, where it is no part.
     pub logits: f64,
+    /// Distance of first differences.
+    pub differences: f64,
     /// Distance of hidden states.
     pub hidden: f64,
     /// Distance of embeddings.
@@ -212,6 +238,7 @@ impl std::ops::AddAssign for Losses {
         self.ce += o.ce;
         self.kl += o.kl;
         self.logits += o.logits;
+        self.differences += o.differences;
         self.hidden += o.hidden;
         self.embeddings += o.embeddings;
         self.attention += o.attention;
@@ -227,6 +254,7 @@ impl Losses {
             ce: self.ce * by,
             kl: self.kl * by,
             logits: self.logits * by,
+            differences: self.differences * by,
             hidden: self.hidden * by,
             embeddings: self.embeddings * by,
             attention: self.attention * by,
@@ -235,10 +263,11 @@ impl Losses {
     }
 
     /// The parts beside the cross-entropy, by name.
-    pub fn parts(&self) -> [(&'static str, f64); 6] {
+    pub fn parts(&self) -> [(&'static str, f64); 7] {
         [
             ("kl", self.kl),
             ("logits", self.logits),
+            ("differences", self.differences),
             ("hidden", self.hidden),
             ("embeddings", self.embeddings),
             ("attention", self.attention),
@@ -261,31 +290,46 @@ fn softmax_at(row: &[f32], temperature: f32) -> Vec<f32> {
     p
 }
 
-/// Adds up the shares of these sentences in the losses of their step and writes their gradient. `examples[i]` is the
-/// row of the teacher's logits that sentence `i` belongs to.
+/// Adds up the shares of these units in the losses of their step and writes their gradient. `logits` are the rows of
+/// `units`, which are numbers of the targets' and of the teacher's rows; `starts` are the borders of sentences in them.
 pub fn losses(
     logits: &[f32],
-    labels: &[u32],
-    examples: &[usize],
+    targets: Targets,
+    units: &[usize],
+    starts: &[usize],
     objective: &Objective,
     shares: Shares,
     dlogits: &mut [f32],
 ) -> Losses {
-    let classes = logits.len() / labels.len().max(1);
+    let width = logits.len() / units.len().max(1);
     let (hard, soft) = (objective.hard(), objective.soft());
     let hard_weight = soft.map_or(1.0, |s| s.alpha);
     let mut sum = Losses::default();
-    for (i, (row, d)) in logits.chunks_exact(classes).zip(dlogits.chunks_exact_mut(classes)).enumerate() {
+    for ((row, d), &unit) in
+        logits.chunks_exact(width.max(1)).zip(dlogits.chunks_exact_mut(width.max(1))).zip(units)
+    {
         d.fill(0.0);
-        if labels[i] != UNLABELLED {
+        let label = targets.class(unit);
+        if label != UNLABELLED {
             let scale = shares.hard * hard_weight;
-            let ce = f64::from(shares.hard) * cross_entropy(row, labels[i] as usize, hard, scale, d);
+            let loss = match hard.loss {
+                Loss::CrossEntropy => cross_entropy(row, label as usize, hard, scale, d),
+                Loss::Binary => binary(row, targets.row(unit), scale, d),
+                Loss::Distance(measure) => measure.add(row, targets.row(unit), scale, d),
+            };
+            let ce = f64::from(shares.hard) * loss;
             sum += Losses { total: f64::from(hard_weight) * ce, ce, ..Losses::default() };
         }
         if let Some(soft) = soft {
-            let teacher = &soft.logits[examples[i] * classes..][..classes];
+            let teacher = &soft.logits[unit * width..][..width];
             let weight = 1.0 - soft.alpha;
-            let kl = f64::from(shares.soft) * divergence(row, teacher, soft.temperature, shares.soft * weight, d);
+            let scale = shares.soft * weight;
+            let far = match hard.loss {
+                Loss::CrossEntropy => divergence(row, teacher, soft.temperature, scale, d),
+                Loss::Binary => binary_divergence(row, teacher, soft.temperature, scale, d),
+                Loss::Distance(measure) => measure.add(row, teacher, scale, d),
+            };
+            let kl = f64::from(shares.soft) * far;
             sum += Losses { total: f64::from(weight) * kl, kl, ..Losses::default() };
             if soft.logits_weight > 0.0 {
                 let (share, weight) = (shares.soft, soft.logits_weight);
@@ -294,10 +338,87 @@ pub fn losses(
             }
         }
     }
+    if let (Some(soft), Loss::Distance(measure)) = (soft.filter(|s| s.differences > 0.0), hard.loss) {
+        let far = f64::from(shares.pair)
+            * differences(
+                measure,
+                (logits, width),
+                soft.logits,
+                units,
+                starts,
+                shares.pair * soft.differences,
+                dlogits,
+            );
+        sum += Losses { total: f64::from(soft.differences) * far, differences: far, ..Losses::default() };
+    }
     sum
 }
 
-/// One sentence's weighted, smoothed cross-entropy; `d` becomes `scale` times its gradient.
+/// Distances of the first differences within each sentence; `scale` times their gradient is added to `d`.
+fn differences(
+    measure: Measure,
+    (rows, width): (&[f32], usize),
+    teacher: &[f32],
+    units: &[usize],
+    starts: &[usize],
+    scale: f32,
+    d: &mut [f32],
+) -> f64 {
+    let step = |rows: &[f32], from: usize, to: usize| -> Vec<f32> {
+        let (a, b) = (&rows[from * width..][..width], &rows[to * width..][..width]);
+        a.iter().zip(b).map(|(a, b)| b - a).collect()
+    };
+    let mut sum = 0.0;
+    for sentence in starts.windows(2) {
+        for i in sentence[0] + 1..sentence[1] {
+            let (own, theirs) = (step(rows, i - 1, i), step(teacher, units[i - 1], units[i]));
+            let mut gradient = vec![0.0; width];
+            sum += measure.add(&own, &theirs, scale, &mut gradient);
+            for (c, g) in gradient.into_iter().enumerate() {
+                d[i * width + c] += g;
+                d[(i - 1) * width + c] -= g;
+            }
+        }
+    }
+    sum
+}
+
+/// log(1 + exp(x))
+fn softplus(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Mean over labels of the binary cross-entropy; `scale` times its gradient is added to `d`.
+fn binary(row: &[f32], truth: &[f32], scale: f32, d: &mut [f32]) -> f64 {
+    let n = row.len() as f64;
+    let mut sum = 0.0;
+    for ((x, t), d) in row.iter().zip(truth).zip(d) {
+        let (x, t) = (f64::from(*x), f64::from(*t));
+        sum += softplus(x) - t * x;
+        *d += scale * ((sigmoid(x) - t) / n) as f32;
+    }
+    sum / n
+}
+
+/// T^2 * the mean over labels of KL(teacher || student), which is the binary cross-entropy with the teacher's
+/// probabilities less their entropy; `scale` times its gradient is added to `d`.
+fn binary_divergence(row: &[f32], teacher: &[f32], temperature: f32, scale: f32, d: &mut [f32]) -> f64 {
+    let (n, t) = (row.len() as f64, f64::from(temperature));
+    let mut sum = 0.0;
+    for ((s, teacher), d) in row.iter().zip(teacher).zip(d) {
+        let (s, teacher) = (f64::from(*s) / t, f64::from(*teacher) / t);
+        let p = sigmoid(teacher);
+        sum += p * (softplus(-s) - softplus(-teacher)) + (1.0 - p) * (softplus(s) - softplus(teacher));
+        *d += scale * (t * (sigmoid(s) - p) / n) as f32;
+    }
+    t * t * sum / n
+}
+
+/// One unit's weighted, smoothed cross-entropy; `d` becomes `scale` times its gradient.
 fn cross_entropy(row: &[f32], label: usize, hard: Hard, scale: f32, d: &mut [f32]) -> f64 {
     let s = hard.label_smoothing;
     let weight = |c: usize| hard.class_weights.get(c).copied().unwrap_or(1.0);

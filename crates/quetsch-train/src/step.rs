@@ -5,11 +5,14 @@ use crate::loss::{Losses, Objective, Shares, losses};
 use crate::params::{Grads, Params};
 use crate::tape::{Buffers, Draw, Dropout, Tape};
 use quetsch::batch::{Batch, Encoding};
+use quetsch::data::Examples;
 use quetsch::hooks::Masks;
 use quetsch::ops::{With, forward};
 use quetsch::runtime::Workspace;
 use quetsch::spec::At;
+use quetsch::task::{Targets, Units};
 use quetsch::{Error, Result};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// Labelled, tokenised sentences.
@@ -17,8 +20,23 @@ use std::collections::BTreeMap;
 pub struct TrainSet<'a> {
     /// Tokens.
     pub encodings: &'a [Encoding],
-    /// Class indices.
-    pub labels: &'a [u32],
+    /// What has an answer.
+    pub units: &'a Units,
+    /// What is true of each unit.
+    pub targets: Targets<'a>,
+}
+
+impl<'a> TrainSet<'a> {
+    /// Sentences, each of which has one answer.
+    pub fn sentences(encodings: &'a [Encoding], targets: impl Into<Targets<'a>>) -> TrainSet<'a> {
+        TrainSet { encodings, units: &Units::Sentences, targets: targets.into() }
+    }
+}
+
+impl<'a> From<&'a Examples> for TrainSet<'a> {
+    fn from(examples: &'a Examples) -> TrainSet<'a> {
+        TrainSet { encodings: &examples.encodings, units: &examples.units, targets: examples.targets() }
+    }
 }
 
 /// What one thread keeps from step to step.
@@ -88,7 +106,10 @@ pub fn gradients(
     workers: &mut [Worker],
 ) -> Result<(Losses, MaskGrads)> {
     let tokens = examples.iter().map(|e| task.set.encodings[*e].ids.len()).sum();
-    let shares = Shares::of(&task.objective, examples.iter().map(|e| task.set.labels[*e]), tokens);
+    let units: Vec<usize> = examples.iter().flat_map(|e| task.set.units.range(*e)).collect();
+    let pairs = examples.iter().map(|e| task.set.units.range(*e).len().saturating_sub(1)).sum();
+    let labels = units.iter().map(|u| task.set.targets.class(*u));
+    let shares = Shares::of(&task.objective, labels, tokens).with_pairs(pairs);
     let mut shards = vec![vec![]; workers.len()];
     for part in examples.chunks(micro.max(1)) {
         for (shard, mine) in shards.iter_mut().zip(deal(task.set, part, workers.len())) {
@@ -125,6 +146,50 @@ fn chunks<'e>(set: TrainSet, mut examples: &'e [usize]) -> Vec<&'e [usize]> {
     cut
 }
 
+/// The output rows of a forward that have an answer.
+struct Rows {
+    /// Numbers of the units.
+    numbers: Vec<usize>,
+    /// Borders of the sentences in them.
+    starts: Vec<usize>,
+    /// Their rows in the output; none where every row answers.
+    places: Option<Vec<usize>>,
+}
+
+impl Rows {
+    fn of(set: TrainSet, examples: &[usize]) -> Rows {
+        let mut starts = vec![0];
+        let numbers: Vec<usize> = examples.iter().flat_map(|e| set.units.range(*e)).collect();
+        examples.iter().for_each(|e| starts.push(starts[starts.len() - 1] + set.units.range(*e).len()));
+        let mut first = 0;
+        let mut places = vec![];
+        for &e in examples {
+            places.extend(set.units.tokens(e).unwrap_or(&[]).iter().map(|t| first + *t as usize));
+            first += set.encodings[e].ids.len();
+        }
+        let is_words = matches!(set.units, Units::Words { .. });
+        Rows { numbers, starts, places: is_words.then_some(places) }
+    }
+
+    /// The rows that answer.
+    fn take<'o>(&self, output: &'o [f32], width: usize) -> Cow<'o, [f32]> {
+        match &self.places {
+            None => Cow::Borrowed(output),
+            Some(places) => places.iter().flat_map(|p| &output[p * width..][..width]).copied().collect(),
+        }
+    }
+
+    /// Their gradient, by all rows.
+    fn put(&self, d: Vec<f32>, len: usize, width: usize) -> Vec<f32> {
+        let Some(places) = &self.places else { return d };
+        let mut all = vec![0.0; len];
+        for (place, d) in places.iter().zip(d.chunks_exact(width)) {
+            all[place * width..][..width].copy_from_slice(d);
+        }
+        all
+    }
+}
+
 fn run_shard(
     task: &Task,
     step: u64,
@@ -138,13 +203,15 @@ fn run_shard(
         let spec = &task.params.spec;
         let batch = Batch::new(spec, examples.iter().map(|e| &task.set.encodings[*e]))
             .map_err(|e| Error::invalid(format!("training examples {examples:?}: {e}")))?;
-        let labels: Vec<u32> = examples.iter().map(|e| task.set.labels[*e]).collect();
+        let units = Rows::of(task.set, examples);
         let draw = Draw { rate: task.dropout, seed: task.seed, step, examples };
         let mut tape = Tape::new(task.params, draw, &mut w.buffers);
         let mut taps = features.map(|f| Taps::new(f.links));
         let logits = forward(&mut With { ops: &mut tape, hook: (task.masks, taps.as_mut()) }, spec, &batch);
-        let mut d = vec![0.0; tape.value(logits).len()];
-        total += losses(tape.value(logits), &labels, examples, &task.objective, shares, &mut d);
+        let (rows, width) = (units.take(tape.value(logits), spec.head.labels()), spec.head.labels());
+        let mut d = vec![0.0; rows.len()];
+        total += losses(&rows, task.set.targets, &units.numbers, &units.starts, &task.objective, shares, &mut d);
+        let d = units.put(d, tape.value(logits).len(), width);
         let mut of = vec![(logits, d)];
         if let (Some(features), Some(taps)) = (features, &taps) {
             let student = (task.params, &tape, taps);

@@ -99,7 +99,7 @@ impl Draw<'_> {
     /// The mask of a whole activation, whose rows are tokens or (in the head) sentences.
     fn apply(&self, site: DropSite, x: &mut [f32], width: usize, batch: &Batch) {
         let (how, base) = (rows::Dropout::new(self.rate_at(site)), self.site_key(site));
-        let per_sentence = matches!(site, DropSite::HeadIn | DropSite::Classifier);
+        let per_sentence = x.len() == batch.sentences() * width;
         let mut row = x.chunks_exact_mut(width);
         for (s, range) in batch.ranges().enumerate() {
             for token in 0..if per_sentence { 1 } else { range.len() } {

@@ -60,7 +60,7 @@ fn steps_after_the_first_allocate_no_buffer() {
     let ck = Checkpoint::random(spec, labels, 1).unwrap();
     let encodings = sentences(300, 30, 4);
     let labels: Vec<u32> = (0..300).map(|i| i % 3).collect();
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let objective = Objective::CrossEntropy(Hard::default());
     let dropout = Dropout { hidden: 0.1, attention: 0.1, head: 0.1 };
     for precision in [Precision::F32, Precision::Bf16] {

@@ -4,12 +4,14 @@ mod common;
 
 use common::{Golden, fixture, settings, worst};
 use quetsch::batch::Batch;
+use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::hooks::Record;
 use quetsch::ops::{With, forward};
 use quetsch::runtime::{CpuOps, Model, Workspace};
 use quetsch::spec::At;
+use quetsch::task::{Targets, Units};
 use quetsch_train::features::{Compare, Features, Link, Side, relation, rows as compare_rows};
-use quetsch_train::loss::{Hard, Objective, Shares, Soft, losses};
+use quetsch_train::loss::{Hard, Loss, Objective, Shares, Soft, losses};
 use quetsch_train::params::Params;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::{Dropout, Event, FitSettings, Measure, fit};
@@ -61,7 +63,7 @@ fn gradients_are_pytorchs() {
             Objective::Distill(Hard::default(), Soft { alpha, temperature, logits: &teacher, ..Soft::default() });
         for (objective, key, total) in [(Objective::CrossEntropy(Hard::default()), "ce", "ce"), (kd, "kd", "kd")] {
             for threads in [1, 2] {
-                let set = TrainSet { encodings: &g.encodings, labels: &g.labels };
+                let set = TrainSet::sentences(&g.encodings, &g.labels);
                 let task =
                     Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None };
                 let mut team = Worker::team(&params, threads);
@@ -106,7 +108,7 @@ fn ten_steps_are_pytorchs() {
             dropout: Dropout::default(),
             ..settings()
         };
-        let set = TrainSet { encodings: &g.encodings, labels: &g.labels };
+        let set = TrainSet::sentences(&g.encodings, &g.labels);
         let mut seen = vec![];
         let fitted = fit(&g.checkpoint(), &set, &objective, &s, None, &mut |e| {
             if let Event::Step(p) = e {
@@ -154,7 +156,8 @@ fn losses_and_their_gradients_are_pytorchs() {
             let number = |key: &str| case[key].as_f64().unwrap_or(0.0) as f32;
             let weights: Option<Vec<f32>> = serde_json::from_value(case["class_weights"].clone()).unwrap();
             let weights = weights.unwrap_or_default();
-            let hard = Hard { label_smoothing: number("label_smoothing"), class_weights: &weights };
+            let hard =
+                Hard { label_smoothing: number("label_smoothing"), class_weights: &weights, ..Hard::default() };
             let soft = Soft {
                 alpha: number("alpha"),
                 temperature: number("temperature"),
@@ -168,7 +171,7 @@ fn losses_and_their_gradients_are_pytorchs() {
             let examples: Vec<usize> = (0..labels.len()).collect();
             let mut d = vec![0.0; logits.len()];
             let shares = Shares::of(&objective, labels.iter().copied(), 1);
-            let got = losses(&logits, &labels, &examples, &objective, shares, &mut d);
+            let got = losses(&logits, (&labels).into(), &examples, &[], &objective, shares, &mut d);
             let want = case["loss"].as_f64().unwrap();
             assert!((got.total - want).abs() < 1e-5 * want.abs().max(1.0), "{case}: {got:?}");
             if kind == "weighted" {
@@ -184,6 +187,98 @@ fn losses_and_their_gradients_are_pytorchs() {
         }
     }
     assert!(checked > 20);
+}
+
+/// Several labels and numbers: units of two sentences, of one of which nothing is known.
+#[test]
+fn losses_of_other_tasks_are_pytorchs() {
+    let json: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(fixture("tasks/losses.json")).unwrap()).unwrap();
+    let (logits, teacher) = (flat(&json["student"]), flat(&json["teacher"]));
+    let width = logits.len() / 7;
+    let unknown = json["unknown"].as_u64().unwrap() as usize;
+    let starts: Vec<usize> = serde_json::from_value(json["starts"].clone()).unwrap();
+    let units: Vec<usize> = (0..7).collect();
+    for case in json["cases"].as_array().unwrap() {
+        let (loss, truth) = match case["kind"].as_str().unwrap() {
+            "binary" => (Loss::Binary, "binary"),
+            "mse" => (Loss::Distance(Measure::Mse), "numbers"),
+            _ => (Loss::Distance(Measure::L1), "numbers"),
+        };
+        let mut values = flat(&json[truth]);
+        values[unknown * width..(unknown + 1) * width].fill(f32::NAN);
+        let targets = Targets::Values { values: &values, outputs: width };
+        let number = |key: &str| case[key].as_f64().unwrap();
+        let soft = Soft {
+            alpha: number("alpha") as f32,
+            temperature: number("temperature") as f32,
+            differences: number("beta") as f32,
+            logits: &teacher,
+            ..Soft::default()
+        };
+        let objective = Objective::Distill(Hard { loss, ..Hard::default() }, soft);
+        let shares = Shares::of(&objective, units.iter().map(|u| targets.class(*u)), 1).with_pairs(5);
+        let mut d = vec![0.0; logits.len()];
+        let got = losses(&logits, targets, &units, &starts, &objective, shares, &mut d);
+        for (got, key) in [(got.total, "loss"), (got.ce, "ce"), (got.kl, "kl")] {
+            assert!((got - number(key)).abs() < 1e-5 * number(key).abs().max(1.0), "{key} of {case}: {got}");
+        }
+        if soft.differences > 0.0 && loss != Loss::Binary {
+            assert!((got.differences - number("differences")).abs() < 1e-5, "{case}: {got:?}");
+        }
+        assert!(worst(&d, &flat(&case["gradient"])) < 2e-6, "{case}: {d:?}");
+    }
+}
+
+/// The gradient through a head on tokens, with dropout, against finite differences.
+#[test]
+fn gradients_on_words_are_those_of_finite_differences() {
+    let mut spec = Golden::load("student").checkpoint().spec;
+    spec.head = quetsch::spec::HeadSpec::Tokens { labels: 2 };
+    spec.prefix = "bert.".into();
+    spec.unused_pooler = false;
+    let names = vec!["a".to_string(), "b".to_string()];
+    let ck = Checkpoint::random(spec, names, 7).unwrap();
+    let g = Golden::load("student");
+    let mut words = Units::words();
+    g.encodings.iter().for_each(|e| words.push([0, e.ids.len() as u32 - 1].into_iter().take(e.ids.len())));
+    let n = words.count(g.encodings.len());
+    let values: Vec<f32> = (0..2 * n).map(|i| (i as f32 * 0.7).sin()).collect();
+    let teacher: Vec<f32> = values.iter().map(|v| 0.5 * v + 0.2).collect();
+    let set = TrainSet {
+        encodings: &g.encodings,
+        units: &words,
+        targets: Targets::Values { values: &values, outputs: 2 },
+    };
+    let soft = Soft { alpha: 0.4, temperature: 1.0, differences: 0.7, logits: &teacher, ..Soft::default() };
+    let objective = Objective::Distill(Hard { loss: Loss::Distance(Measure::Mse), ..Hard::default() }, soft);
+    let dropout = Dropout { hidden: 0.1, attention: 0.1, head: 0.2 };
+    let examples: Vec<usize> = (0..g.encodings.len()).collect();
+    let run = |ck: &Checkpoint| {
+        let params = Params::new(ck, &[]);
+        let task = Task { params: &params, set, objective, dropout, seed: 3, masks: None };
+        let mut team = Worker::team(&params, 2);
+        let (loss, _) = gradients(&task, 0, &examples, 8, &mut team).unwrap();
+        (loss.total, team, params.table)
+    };
+    let (_, team, table) = run(&ck);
+    for (i, def) in table.iter().enumerate().skip(1) {
+        let at = def.len() / 2;
+        if def.is_empty() || def.name.ends_with("key.bias") {
+            continue;
+        }
+        let got: f32 = team.iter().map(|w| w.grads.dense[i][at]).sum();
+        let moved = |by: f32| {
+            let mut other = ck.clone();
+            let mut data = other.values(def.tensor).into_owned();
+            data[at] += by;
+            other.set(def.tensor, Stored::f32(data));
+            run(&other).0
+        };
+        let h = 1e-2;
+        let want = (moved(h) - moved(-h)) / (2.0 * f64::from(h));
+        assert!((f64::from(got) - want).abs() < 2e-3 + 2e-2 * want.abs(), "{}: {got}, expected {want}", def.name);
+    }
 }
 
 fn losses_json() -> serde_json::Value {
@@ -243,7 +338,7 @@ fn the_loss_of_hidden_states_is_pytorchs() {
     let logits = t.tensor("logits");
     let soft =
         Soft { alpha: 0.3, temperature: 2.0, logits: &logits, logits_weight: 0.2, features, ..Soft::default() };
-    let set = TrainSet { encodings: &g.encodings, labels: &g.labels };
+    let set = TrainSet::sentences(&g.encodings, &g.labels);
     let mse =
         |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / a.len() as f64;
     let state = |g: &Golden, l: usize| g.tensor(&format!("a.hidden.{l}"));

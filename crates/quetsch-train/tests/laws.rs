@@ -18,13 +18,14 @@ use quetsch_train::scores::Sample;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::tape::{Buffers, Draw, Tape};
 use quetsch_train::{
-    ClassWeights, Criterion, Dropout, Event, Features, FitError, FitSettings, Fitted, Hard, Measure, Objective,
-    Precision, Schedule, Soft, Sparsity, State, Stop, UNLABELLED, fit, mask_gradients,
+    ClassWeights, Criterion, Dropout, Event, Features, FitError, FitSettings, Fitted, Hard, Loss, Measure,
+    Objective, Precision, Schedule, Soft, Sparsity, State, Stop, UNLABELLED, fit, mask_gradients,
 };
 use std::ops::ControlFlow;
 
 const HEADS: [HeadSpec; 2] = [HeadSpec::MeanMlp { labels: 3 }, HeadSpec::Pooler { labels: 3 }];
-const CE: Objective = Objective::CrossEntropy(Hard { label_smoothing: 0.1, class_weights: &[] });
+const CE: Objective =
+    Objective::CrossEntropy(Hard { loss: Loss::CrossEntropy, label_smoothing: 0.1, class_weights: &[] });
 const DROPOUT: Dropout = Dropout { hidden: 0.2, attention: 0.3, head: 0.25 };
 
 fn labels(n: usize) -> Vec<u32> {
@@ -68,7 +69,7 @@ fn gradients_are_finite_differences() {
 
 fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
     let (encodings, labels) = (sentences(5, 30, 9), labels(5));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let mut params = Params::new(&ck, frozen);
     let ones = |n: usize| vec![1.0f32; n];
     let layers = ck.spec.layers.iter().enumerate();
@@ -140,7 +141,7 @@ fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
 #[test]
 fn gradients_in_bf16_are_near_those_in_f32() {
     let (encodings, labels) = (sentences(40, 30, 9), labels(40));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let examples: Vec<usize> = (0..40).collect();
     for (head, dropout) in [(HEADS[0], DROPOUT), (HEADS[1], Dropout::default())] {
         let ck = lively(uneven(head), 11);
@@ -228,7 +229,7 @@ fn lazy_rows_are_dense_adamw() {
 
 fn run(ck: &Checkpoint, n: usize, s: &FitSettings) -> Fitted {
     let (encodings, labels) = (sentences(n, 30, 21), labels(n));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     fit(ck, &set, &CE, s, None, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
@@ -300,7 +301,7 @@ fn resumed_is_uninterrupted() {
 fn check_resumed(settings: &FitSettings) {
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(50, 30, 21), labels(50));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let whole = run(&ck, 50, settings);
     let dir = tempfile::tempdir().unwrap();
     for stop_at in [1, 3, 7, 9] {
@@ -334,9 +335,9 @@ fn check_resumed(settings: &FitSettings) {
 fn accumulating_is_one_batch_with_class_weights_too() {
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(96, 30, 21), labels(96));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let teacher: Vec<f32> = (0..288).map(|i| (i % 7) as f32 - 3.0).collect();
-    let hard = Hard { label_smoothing: 0.1, class_weights: &[0.3, 1.0, 2.5] };
+    let hard = Hard { label_smoothing: 0.1, class_weights: &[0.3, 1.0, 2.5], ..Hard::default() };
     let soft = Soft { alpha: 0.5, temperature: 2.0, logits: &teacher, logits_weight: 0.1, ..Soft::default() };
     for objective in [Objective::CrossEntropy(hard), Objective::Distill(hard, soft)] {
         let params = Params::new(&ck, &[]);
@@ -377,7 +378,7 @@ fn class_weights_are_scikit_learns() {
 fn stopping_early_is_training_shorter() {
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(40, 30, 21), labels(40));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let s = |epochs| FitSettings { epochs, warmup: 0.0, schedule: Schedule::Constant, ..settings() };
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("state");
@@ -405,7 +406,7 @@ fn stopping_early_is_training_shorter() {
 fn a_loss_that_is_not_finite_stops_before_the_update() {
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(40, 30, 21), labels(40));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let s = FitSettings {
         learning_rate: 1e30,
         head_learning_rate: 1e30,
@@ -428,11 +429,13 @@ fn a_loss_that_is_not_finite_stops_before_the_update() {
 fn settings_that_cannot_work_are_refused() {
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(4, 30, 21), labels(4));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let kd = |alpha, temperature, logits| {
         Objective::Distill(Hard::default(), Soft { alpha, temperature, logits, ..Soft::default() })
     };
-    let hard = |label_smoothing, class_weights| Objective::CrossEntropy(Hard { label_smoothing, class_weights });
+    let hard = |label_smoothing, class_weights| {
+        Objective::CrossEntropy(Hard { label_smoothing, class_weights, ..Hard::default() })
+    };
     let rows: [(Objective, FitSettings, &str); 12] = [
         (CE, FitSettings { epochs: 0, ..settings() }, "at least 1"),
         (CE, FitSettings { warmup: 1.5, ..settings() }, "warmup"),
@@ -462,7 +465,7 @@ fn scores_find_the_idle_unit() {
     w.chunks_mut(24).for_each(|row| row[8..16].fill(0.0)); // head 2, the second of layer 0
     ck.set(out, quetsch::checkpoint::Stored::f32(w));
     let (encodings, labels) = (sentences(30, 30, 21), labels(30));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let sample = Sample { batch_size: 8, batches: 3, seed: 1, threads: 2 };
     let found = mask_gradients(&ck, &set, &CE, sample, false).unwrap();
     for criterion in [Criterion::Gradient, Criterion::Taylor, Criterion::Fisher] {
@@ -512,13 +515,16 @@ fn gradients_from_inside_are_finite_differences() {
             features,
             ..Soft::default()
         };
-        let objective = Objective::Distill(Hard { label_smoothing: 0.1, class_weights: &[0.5, 1.0, 2.0] }, soft);
+        let objective = Objective::Distill(
+            Hard { label_smoothing: 0.1, class_weights: &[0.5, 1.0, 2.0], ..Hard::default() },
+            soft,
+        );
         let mut params = Params::new(&ck, &[]);
         if width != 24 {
             (0..5).for_each(|i| params.add_projection(i, (width, 24), 3));
         }
         let run = |params: &Params, team: &mut [Worker]| {
-            let set = TrainSet { encodings: &encodings, labels: &labels };
+            let set = TrainSet::sentences(&encodings, &labels);
             let task = Task { params, set, objective, dropout: DROPOUT, seed: 5, masks: None };
             gradients(&task, 3, &[0, 1, 2, 3, 4], 5, team).unwrap().0
         };
@@ -556,7 +562,7 @@ fn projections_learn_and_resume() {
     let teacher = Model::pack(&lively(ModelSpec { hidden: 16, ..uneven(HEADS[1]) }, 12));
     let (encodings, labels) = (sentences(40, 30, 9), labels(40));
     let logits = teacher.logits(&encodings, 1).unwrap();
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let other = sentences(40, 30, 10);
     let kd = |features| {
         let soft = Soft { alpha: 1.0, temperature: 2.0, logits: &logits, features, ..Soft::default() };
@@ -609,7 +615,7 @@ fn projections_learn_and_resume() {
 fn scores_are_those_of_single_examples() {
     let ck = lively(uneven(HEADS[1]), 5);
     let (encodings, labels) = (sentences(12, 30, 21), labels(12));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let params = Params::new(&ck, &[]);
     let ce = Objective::CrossEntropy(Hard::default());
     let (at, units) = (At::Context(0), 3);
@@ -648,7 +654,7 @@ fn zeros_stay_and_become_more() {
     let dense = lively(uneven(HEADS[0]), 3);
     let ck = sparse(&dense, 0.4, Scope::Global).unwrap();
     let (encodings, labels) = (sentences(50, 30, 21), labels(50));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let in_layers = |ck: &Checkpoint| -> Vec<f32> {
         let sites = quetsch::prune::sparse_sites(&ck.spec);
         sites.into_iter().flat_map(|s| ck.values(Tensor::W(s)).into_owned()).collect()
@@ -711,7 +717,7 @@ fn objectives_move_in_a_line() {
     assert_eq!((fixed.alpha, fixed.temperature), (0.1, 4.0));
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(40, 30, 21), labels(40));
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     let teacher: Vec<f32> = (0..120).map(|i| (i % 7) as f32 - 3.0).collect();
     let objective = Objective::Distill(Hard::default(), Soft { logits: &teacher, ..soft });
     let mut shares = vec![];
@@ -737,13 +743,13 @@ fn unlabelled_sentences_learn_from_the_teacher_alone() {
     let soft = Soft { alpha: 0.3, temperature: 2.0, logits: &teacher, ..Soft::default() };
     let run = |logits: &[f32], labels: &[u32], examples: &[usize], soft: Soft| {
         let objective = Objective::Distill(Hard::default(), soft);
-        let shares = Shares::of(&objective, labels.iter().copied(), 1);
+        let shares = Shares::of(&objective, examples.iter().map(|e| labels[*e]), 1);
         let mut d = vec![9.0; logits.len()];
-        (losses(logits, labels, examples, &objective, shares, &mut d), d)
+        (losses(logits, labels.into(), examples, &[], &objective, shares, &mut d), d)
     };
     let (both, d) = run(&logits, &[2, UNLABELLED], &[0, 1], soft);
     let (first, _) = run(&logits[..3], &[2], &[0], soft);
-    let (second, kl) = run(&logits[3..], &[0], &[1], Soft { alpha: 0.0, ..soft });
+    let (second, kl) = run(&logits[3..], &[0, 0], &[1], Soft { alpha: 0.0, ..soft });
     assert!((both.ce - first.ce).abs() < 1e-6 && (both.kl - (first.kl + second.kl) / 2.0).abs() < 1e-6);
     // Half the step's sentences, and 1 - alpha of the weight.
     let want: Vec<f32> = kl.iter().map(|g| 0.5 * 0.7 * g).collect();
@@ -753,7 +759,7 @@ fn unlabelled_sentences_learn_from_the_teacher_alone() {
     assert_eq!(ClassWeights::Balanced.of(&[0, UNLABELLED, 1, 1], 2), ClassWeights::Balanced.of(&[0, 1, 1], 2));
     let ck = lively(uneven(HEADS[0]), 3);
     let (encodings, labels) = (sentences(2, 30, 21), [0, UNLABELLED]);
-    let set = TrainSet { encodings: &encodings, labels: &labels };
+    let set = TrainSet::sentences(&encodings, &labels);
     assert!(fit(&ck, &set, &CE, &settings(), None, &mut |_| ControlFlow::Continue(())).is_err(), "no teacher");
     let go = Objective::Distill(Hard::default(), soft);
     assert!(fit(&ck, &set, &go, &settings(), None, &mut |_| ControlFlow::Continue(())).is_ok());

@@ -18,13 +18,14 @@ use quetsch_train::params::Params;
 use quetsch_train::step::{Task, Worker, gradients};
 use quetsch_train::tape::{Buffers, Draw, Tape};
 use quetsch_train::{
-    Dropout, Event, FitError, FitSettings, Hard, Objective, Precision, Qat, Soft, State, Stop, TrainSet, fit,
+    Dropout, Event, FitError, FitSettings, Hard, Loss, Objective, Precision, Qat, Soft, State, Stop, TrainSet, fit,
 };
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 const HEAD: HeadSpec = HeadSpec::MeanMlp { labels: 3 };
-const CE: Objective = Objective::CrossEntropy(Hard { label_smoothing: 0.0, class_weights: &[] });
+const CE: Objective =
+    Objective::CrossEntropy(Hard { loss: Loss::CrossEntropy, label_smoothing: 0.0, class_weights: &[] });
 
 fn nf4(compute: Compute) -> Scheme {
     Scheme::Nf4 { double_quant: true, compute }
@@ -83,7 +84,7 @@ fn the_forward_is_the_deployed_models_to_the_bit() {
 #[test]
 fn every_loss_is_that_of_the_deployed_checkpoint() {
     let (ck, encodings, truth) = (lively(uneven(HEAD), 3), sentences(24, 30, 5), labels(24));
-    let set = TrainSet { encodings: &encodings, labels: &truth };
+    let set = TrainSet::sentences(&encodings, &truth);
     for rules in all_rules() {
         let q = qat(&ck, rules.clone(), &encodings);
         let s = FitSettings {
@@ -172,7 +173,7 @@ fn pooled(ck: &Checkpoint, encodings: &[Encoding]) -> Vec<f32> {
 
 fn step(params: &Params, encodings: &[Encoding]) -> Worker {
     let (truth, examples) = (labels(encodings.len()), (0..encodings.len()).collect::<Vec<_>>());
-    let set = TrainSet { encodings, labels: &truth };
+    let set = TrainSet::sentences(encodings, &truth);
     let task = Task { params, set, objective: CE, dropout: Dropout::default(), seed: 1, masks: None };
     let mut team = Worker::team(params, 1);
     gradients(&task, 0, &examples, encodings.len(), &mut team).unwrap();
@@ -329,7 +330,7 @@ fn read(stored: &Stored, x: &[f32], k: usize) -> (Vec<f32>, Vec<bool>) {
 fn training_recovers_what_quantising_lost() {
     let (ck, encodings) = (lively(uneven(HEAD), 3), sentences(64, 30, 5));
     let (parent, truth) = (Model::pack(&ck).logits(&encodings, 1).unwrap(), labels(64));
-    let set = TrainSet { encodings: &encodings, labels: &truth };
+    let set = TrainSet::sentences(&encodings, &truth);
     let soft = Soft { alpha: 0.0, temperature: 1.0, logits: &parent, ..Soft::default() };
     for precision in [Precision::F32, Precision::Bf16] {
         for scheme in [nf4(Compute::Bf16), Scheme::Int8Static] {
@@ -366,7 +367,7 @@ fn training_recovers_what_quantising_lost() {
 #[test]
 fn a_resumed_run_ends_with_the_same_bytes() {
     let (ck, encodings, truth) = (lively(uneven(HEAD), 3), sentences(30, 30, 21), labels(30));
-    let set = TrainSet { encodings: &encodings, labels: &truth };
+    let set = TrainSet::sentences(&encodings, &truth);
     let q = qat(&ck, vec![("*".into(), Scheme::Int8Static)], &encodings[..8]);
     let s = FitSettings { epochs: 3, freeze: vec!["layer.1.".into()], quant: Some(q.clone()), ..settings() };
     let mut go_on = |_: Event| ControlFlow::Continue(());
@@ -393,7 +394,7 @@ fn a_resumed_run_ends_with_the_same_bytes() {
 #[test]
 fn what_cannot_be_trained_is_refused_before_the_first_step() {
     let (ck, encodings, truth) = (lively(uneven(HEAD), 3), sentences(4, 30, 5), labels(4));
-    let set = TrainSet { encodings: &encodings, labels: &truth };
+    let set = TrainSet::sentences(&encodings, &truth);
     let rule = |p: &str, s| vec![(p.to_string(), s)];
     for (rules, ranges, want) in [
         (rule("embeddings.*", nf4(Compute::Bf16)), BTreeMap::new(), "freeze it"),

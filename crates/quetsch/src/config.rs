@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::family::{Facts, Family, MODEL_TYPES};
 use crate::quant::{Compute, Scheme, int8};
 use crate::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Norm, Role, Tensor, TensorDef};
+use crate::task::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -105,6 +106,7 @@ impl Parser<'_> {
             Kind::Body => HeadSpec::None,
             Kind::Student => HeadSpec::MeanMlp { labels },
             Kind::Stock => HeadSpec::Pooler { labels },
+            Kind::Tokens => HeadSpec::Tokens { labels },
         };
         let last = ModelSpec { head: head(0), ..names.clone() }.name(Tensor::B(Lin::Classifier));
         let mut warnings = vec![];
@@ -210,14 +212,7 @@ impl Parser<'_> {
                 return self.bad(format!("{key} is true; only encoders are supported"));
             }
         }
-        if let Some(found) = self.text("problem_type")?
-            && found != "single_label_classification"
-        {
-            return self.bad(format!(
-                "problem_type {found:?} is not supported; supported is: single_label_classification"
-            ));
-        }
-        Ok(())
+        Problem::of_config(self.map, 0).or_else(|e| self.bad(e)).map(drop)
     }
 
     fn activation(&self) -> Result<Activation> {
@@ -256,6 +251,7 @@ impl Parser<'_> {
         let prefix = [facts.prefix, "backbone.", ""].into_iter().find(found);
         let kind = names.iter().find_map(|&name| match name.strip_prefix(facts.class) {
             Some("ForSequenceClassification") => Some(Kind::Stock),
+            Some("ForTokenClassification") => Some(Kind::Tokens),
             Some("Model" | "ForMaskedLM" | "ForPreTraining") => Some(Kind::Body),
             _ if name == "StudentHFModel" => Some(Kind::Student),
             _ => None, // somebody's own class: the tensors decide
@@ -268,7 +264,7 @@ impl Parser<'_> {
         });
         let usual = match kind {
             Kind::Student => "backbone.",
-            Kind::Stock => facts.prefix,
+            Kind::Stock | Kind::Tokens => facts.prefix,
             Kind::Body => "",
         };
         Ok((prefix.unwrap_or(usual).to_owned(), kind))
@@ -465,6 +461,7 @@ enum Kind {
     Body,
     Student,
     Stock,
+    Tokens,
 }
 
 /// A value for a message: never longer than a line.
@@ -490,6 +487,7 @@ pub fn render(ck: &Checkpoint) -> Result<Map<String, Value>> {
         HeadSpec::None => format!("{}Model", facts.class),
         HeadSpec::MeanMlp { .. } => "StudentHFModel".to_owned(),
         HeadSpec::Pooler { .. } => format!("{}ForSequenceClassification", facts.class),
+        HeadSpec::Tokens { .. } => format!("{}ForTokenClassification", facts.class),
     };
     set("architectures", json!([architecture]));
     set("model_type", json!(facts.model_type));
@@ -525,7 +523,7 @@ pub fn render(ck: &Checkpoint) -> Result<Map<String, Value>> {
         let names = ck.labels.iter().enumerate();
         set("id2label", names.clone().map(|(i, l)| (i.to_string(), json!(l))).collect::<Map<_, _>>().into());
         set("label2id", names.map(|(i, l)| (l.clone(), json!(i))).collect::<Map<_, _>>().into());
-        set("problem_type", json!("single_label_classification"));
+        set("problem_type", json!(ck.task().unwrap_or_default().problem.config_name()));
     }
     if let Some(n) = ck.max_length {
         set("max_length", json!(n));

@@ -2,7 +2,7 @@
 //! for what cannot be used.
 //!
 //! **Columns.** The text is the first of `text`, `sentence`, `utterance`, `query`, `question` that the file has, the
-//! label the first of `label`, `category`, `intent`, `target`, `class`; upper and lower case are the same. Names given
+//! label the first of `label`, `labels`, `category`, `intent`, `target`, `class`, `score`, `tags`, `ner_tags`; upper and lower case are the same. Names given
 //! by the caller are used instead.
 //!
 //! **Label order**, the first that applies:
@@ -14,35 +14,52 @@
 //! With names (1 and 2), a column of integers none of which is itself a name is taken as indices into the names.
 //! A test file has to be read with the names of its training file (1), or it may number its labels differently.
 //!
+//! **Task.** Without a word from the caller: lists of words (`tokens`, `words`) make it a task on words, whose labels are
+//! lists of the same length; numbers with a point are regressed; lists, or a separator given, are several labels.
+//!
 //! White space around labels and column names is dropped; texts are kept as they are. An empty text is still a text
 //! (the tokenizer makes `[CLS] [SEP]` of it) and becomes a counted warning.
 
+mod examples;
 mod split;
 mod table;
+mod targets;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::Path;
 
+pub use examples::Examples;
 pub use split::{Overlap, overlap, split};
 use table::{Blocks, Table};
 
+use crate::task::{Level, Problem, Task, UNLABELLED};
 use crate::{Error, Result};
 
 /// Names of text columns, in order of preference.
 pub const TEXT_COLUMNS: [&str; 5] = ["text", "sentence", "utterance", "query", "question"];
+/// Names of columns with lists of words, in order of preference.
+pub const TOKEN_COLUMNS: [&str; 2] = ["tokens", "words"];
 /// Names of label columns, in order of preference.
-pub const LABEL_COLUMNS: [&str; 5] = ["label", "category", "intent", "target", "class"];
+pub const LABEL_COLUMNS: [&str; 9] =
+    ["label", "labels", "category", "intent", "target", "class", "score", "tags", "ner_tags"];
 
 /// Integer labels above this are taken for something else (an identifier, a year) rather than for classes.
 const MAX_INTEGER_LABEL: u32 = 65_535;
 
-/// Texts with their labels.
+/// Texts with what is true of them, or of each of their words: of each *unit*.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Dataset {
-    /// One text a row.
+    /// What is asked.
+    pub task: Task,
+    /// One text a row; its words with blanks between them where they are the units.
     pub texts: Vec<String>,
-    /// The label of each row, an index into `names`.
+    /// The words of each row, where they are the units; else empty.
+    pub words: Vec<Vec<String>>,
+    /// Single label: the class of each unit, an index into `names`, or [`UNLABELLED`]; else empty.
     pub labels: Vec<u32>,
+    /// Other problems: `[units, names]`, 1 and 0 for labels that are right and wrong, or numbers; a row of NaN where
+    /// nothing is known. Else empty.
+    pub values: Vec<f32>,
     /// The names of the labels, in the order of the model's outputs.
     pub names: Vec<String>,
     /// What a user should know about this file, counted; never the texts themselves.
@@ -60,17 +77,64 @@ impl Dataset {
         self.texts.is_empty()
     }
 
-    /// How many rows each label has.
+    /// How many units each label has; of numbers all count.
     pub fn counts(&self) -> Vec<usize> {
         let mut counts = vec![0; self.names.len()];
-        self.labels.iter().for_each(|&label| counts[label as usize] += 1);
+        self.labels.iter().filter(|label| **label != UNLABELLED).for_each(|&label| counts[label as usize] += 1);
+        for (i, value) in self.values.iter().enumerate() {
+            let counts_in = if self.task.problem == Problem::MultiLabel { *value == 1.0 } else { !value.is_nan() };
+            counts[i % self.names.len()] += usize::from(counts_in);
+        }
         counts
     }
 
     /// Some of the rows, with the same names and without the warnings.
     pub fn subset(&self, rows: impl IntoIterator<Item = usize>) -> Dataset {
-        let (texts, labels) = rows.into_iter().map(|i| (self.texts[i].clone(), self.labels[i])).unzip();
-        Dataset { texts, labels, names: self.names.clone(), warnings: Vec::new() }
+        let mut starts = vec![0];
+        self.words.iter().for_each(|words| starts.push(starts[starts.len() - 1] + words.len()));
+        let units = |row: usize| match self.task.level {
+            Level::Sentence => row..row + 1,
+            Level::Token => starts[row]..starts[row + 1],
+        };
+        let width = self.names.len();
+        let mut some = Dataset { task: self.task, names: self.names.clone(), ..Dataset::default() };
+        for row in rows {
+            some.texts.push(self.texts[row].clone());
+            some.words.extend(self.words.get(row).cloned());
+            some.labels.extend_from_slice(self.labels.get(units(row)).unwrap_or(&[]));
+            let values = units(row).start * width..units(row).end * width;
+            some.values.extend_from_slice(self.values.get(values).unwrap_or(&[]));
+        }
+        some
+    }
+
+    /// Appends the rows of a set of the same task and names.
+    pub fn extend(&mut self, other: &Dataset) {
+        self.texts.extend_from_slice(&other.texts);
+        self.words.extend_from_slice(&other.words);
+        self.labels.extend_from_slice(&other.labels);
+        self.values.extend_from_slice(&other.values);
+    }
+
+    /// What is true of each row, as something to compare: rows of the same text may differ in it.
+    fn truths(&self) -> Vec<String> {
+        let width = self.names.len();
+        let mut unit = 0;
+        let row = |row: usize| {
+            let units = self.words.get(row).map_or(1, Vec::len);
+            let truth = match self.values.get(unit * width..(unit + units) * width).filter(|v| !v.is_empty()) {
+                Some(values) => format!("{values:?}"),
+                None => format!(
+                    "{:?}",
+                    self.labels
+                        .get(unit..unit + units)
+                        .map(|labels| { labels.iter().map(|l| self.names.get(*l as usize)).collect::<Vec<_>>() })
+                ),
+            };
+            unit += units;
+            truth
+        };
+        (0..self.len()).map(row).collect()
     }
 }
 
@@ -83,36 +147,41 @@ pub struct ReadOptions {
     pub label_col: Option<String>,
     /// The names of the labels in their order, such as a model's `id2label`.
     pub names: Option<Vec<String>>,
+    /// `--task`, or a model's; without it the labels tell.
+    pub problem: Option<Problem>,
+    /// A model's; without it the columns tell.
+    pub level: Option<Level>,
+    /// `--label-separator`.
+    pub separator: Option<String>,
 }
 
 /// Reads a labelled `.csv`, `.tsv` or `.jsonl` file.
+///
+/// # Errors
+/// The file cannot be read, or something in it is not what it must be: the error names the line.
 pub fn read(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Dataset> {
     let path = path.as_ref();
     let table = Table::read(path)?;
-    let text = table.column(options.text_col.as_deref(), &TEXT_COLUMNS, "text")?;
-    let label = table.column(options.label_col.as_deref(), &LABEL_COLUMNS, "label")?;
-    if text == label {
-        let name = &table.columns[text];
-        return Err(Error::file(path, format!("column `{name}` cannot be both the text and the label")));
-    }
-    let texts = table.texts(text)?;
-    let written = table.texts(label)?;
-    let written: Vec<&str> = written.iter().map(|label| label.trim()).collect();
-    if let Some(row) = written.iter().position(|label| label.is_empty()) {
-        let (line, name) = (table.rows[row].line, &table.columns[label]);
-        return Err(Error::file(path, format!("line {line}: the label (column `{name}`) is empty")));
-    }
-
-    let known = match &options.names {
-        Some(names) => Some((names.clone(), "the names given".to_string())),
-        None => categories(path)?,
+    let level = options.level.unwrap_or_else(|| match (&options.text_col, table.first_of(&TOKEN_COLUMNS)) {
+        (None, Some(_)) if table.first_of(&TEXT_COLUMNS).is_none() => Level::Token,
+        _ => Level::Sentence,
+    });
+    let (column, words) = match level {
+        Level::Sentence => (table.column(options.text_col.as_deref(), &TEXT_COLUMNS, "text")?, vec![]),
+        Level::Token => {
+            let column = table.column(options.text_col.as_deref(), &TOKEN_COLUMNS, "text")?;
+            (column, table.words(column)?)
+        }
     };
-    let (labels, names) = match known {
-        Some((names, source)) => (by_name(&table, &written, &names, &source)?, names),
-        None => numbered(&table, &written)?,
+    let texts = match level {
+        Level::Sentence => table.texts(column)?,
+        Level::Token => words.iter().map(|words| words.join(" ")).collect(),
     };
-
-    let mut dataset = Dataset { texts, labels, names, warnings: Vec::new() };
+    let lengths: Vec<usize> = words.iter().map(Vec::len).collect();
+    let lengths = (level == Level::Token).then_some(&lengths[..]);
+    let targets::Found { problem, labels, values, names } = targets::read(&table, lengths, column, options)?;
+    let task = Task { problem, level };
+    let mut dataset = Dataset { task, texts, words, labels, values, names, warnings: Vec::new() };
     let is_empty = |text: &String| text.trim().is_empty();
     if let Some(first) = dataset.texts.iter().position(is_empty) {
         let (empty, line) = (dataset.texts.iter().filter(|text| is_empty(text)).count(), table.rows[first].line);
@@ -128,6 +197,28 @@ pub fn read(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Dataset> {
         dataset.warnings.push(warning);
     }
     Ok(dataset)
+}
+
+/// Sentences of words to predict: the lists of the words' column of a `.jsonl` file, else lines or texts cut at white
+/// space.
+///
+/// # Errors
+/// As [`Texts::open`], or a list holds something else than words.
+pub fn read_words(path: Option<&Path>, text_col: Option<&str>) -> Result<Vec<Vec<String>>> {
+    let json = path.filter(|p| matches!(table::extension(p).as_str(), "jsonl" | "ndjson"));
+    if let Some(path) = json {
+        let table = Table::read(path)?;
+        if text_col.is_some() || table.first_of(&TOKEN_COLUMNS).is_some() {
+            let column = table.column(text_col, &TOKEN_COLUMNS, "text")?;
+            return table.words(column);
+        }
+    }
+    Ok(read_texts(path, text_col)?.iter().map(|text| split_words(text)).collect())
+}
+
+/// A text's words: what stands between white space.
+pub fn split_words(text: &str) -> Vec<String> {
+    text.split_whitespace().map(str::to_string).collect()
 }
 
 /// Texts to predict, all of them at once; see [`Texts::open`].
@@ -188,7 +279,11 @@ impl Texts {
             None => Ok(None),
             Some(table) if blocks.is_lines() => Ok(Some(table.texts(0)?)),
             Some(table) => {
-                Ok(Some(table.texts(table.column(self.text_col.as_deref(), &TEXT_COLUMNS, "text")?)?))
+                let no_text = self.text_col.is_none() && table.first_of(&TEXT_COLUMNS).is_none();
+                Ok(Some(match table.first_of(&TOKEN_COLUMNS).filter(|_| no_text) {
+                    Some(words) => table.words(words)?.iter().map(|words| words.join(" ")).collect(),
+                    None => table.texts(table.column(self.text_col.as_deref(), &TEXT_COLUMNS, "text")?)?,
+                }))
             }
         });
         if read.is_err() {
@@ -222,58 +317,6 @@ fn categories(path: &Path) -> Result<Option<(Vec<String>, String)>> {
         return Err(Error::file(&beside, format!("the label `{twice}` is listed twice")));
     }
     Ok(Some((names, beside.display().to_string())))
-}
-
-/// Label numbers when the names are fixed.
-fn by_name(table: &Table, written: &[&str], names: &[String], source: &str) -> Result<Vec<u32>> {
-    let number: HashMap<&str, u32> = names.iter().map(String::as_str).zip(0..).collect();
-    let integers = integers(written).filter(|_| !written.iter().any(|label| number.contains_key(label)));
-    let found: Vec<Option<u32>> = match integers {
-        Some(integers) => integers.into_iter().map(|i| Some(i).filter(|&i| (i as usize) < names.len())).collect(),
-        None => written.iter().map(|label| number.get(label).copied()).collect(),
-    };
-    if let Some(row) = found.iter().position(Option::is_none) {
-        let others = found.iter().filter(|label| label.is_none()).count() - 1;
-        let also = if others > 0 { format!("; {others} more such rows") } else { String::new() };
-        let message = format!(
-            "line {}: unknown label `{}`; nearest of the {} known: {} (from {source}){also}",
-            table.rows[row].line,
-            shorten(written[row]),
-            names.len(),
-            nearest(written[row], names),
-        );
-        return Err(Error::file(&table.path, message));
-    }
-    Ok(found.into_iter().flatten().collect())
-}
-
-/// Label numbers and names when the file alone decides.
-fn numbered(table: &Table, written: &[&str]) -> Result<(Vec<u32>, Vec<String>)> {
-    if let Some(integers) = integers(written) {
-        let largest = integers.iter().copied().max().unwrap_or(0);
-        if largest > MAX_INTEGER_LABEL {
-            let row = integers.iter().position(|&i| i == largest).unwrap_or(0);
-            let message = format!(
-                "line {}: integer labels number the classes from 0, and {largest} is above {MAX_INTEGER_LABEL}; \
-                 choose the label column with --label-col or give the label names",
-                table.rows[row].line
-            );
-            return Err(Error::file(&table.path, message));
-        }
-        return Ok((integers, (0..=largest).map(|i| format!("LABEL_{i}")).collect()));
-    }
-    let (mut number, mut names) = (HashMap::new(), Vec::new());
-    let labels = written.iter().map(|&label| {
-        *number.entry(label).or_insert_with(|| {
-            names.push(label.to_string());
-            (names.len() - 1) as u32
-        })
-    });
-    Ok((labels.collect(), names))
-}
-
-fn integers(written: &[&str]) -> Option<Vec<u32>> {
-    written.iter().map(|label| label.parse().ok()).collect()
 }
 
 /// The known names nearest to `label`, for a message.

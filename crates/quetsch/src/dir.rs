@@ -13,6 +13,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{self, Config};
 use crate::error::{Error, Result};
 use crate::spec::{ModelSpec, Tensor, TensorDef};
+use crate::task::Task;
 use crate::tokenizer::TokenizerFiles;
 use serde_json::{Map, Value};
 use shards::Shards;
@@ -123,6 +124,11 @@ impl Source {
     /// Label names by class index.
     pub fn labels(&self) -> &[String] {
         &self.config.labels
+    }
+
+    /// What the model is asked; nothing for a bare body.
+    pub fn task(&self) -> Option<Task> {
+        Task::of(&self.config.spec, &self.json)
     }
 
     /// Longest input in tokens that the model was made for, if it says so.

@@ -12,6 +12,8 @@ pub enum HeadKind {
     Mean,
     /// The family's own `ForSequenceClassification`; BERT's: first token, pooler + tanh, classifier.
     Pooler,
+    /// `..ForTokenClassification`: the classifier on every token.
+    Tokens,
 }
 
 /// `model` with a head for these labels. A head that is there and fits (same kind, same labels in the same order) is
@@ -32,6 +34,7 @@ pub fn with_head(model: &Checkpoint, kind: HeadKind, labels: Vec<String>, seed: 
     let head = match kind {
         HeadKind::Mean => HeadSpec::MeanMlp { labels: labels.len() },
         HeadKind::Pooler => HeadSpec::Pooler { labels: labels.len() },
+        HeadKind::Tokens => HeadSpec::Tokens { labels: labels.len() },
     };
     if old.head == head && model.labels == labels {
         return Ok(model.clone());
@@ -51,7 +54,7 @@ pub fn with_head(model: &Checkpoint, kind: HeadKind, labels: Vec<String>, seed: 
     spec.head = head;
     (spec.prefix, spec.unused_pooler) = match kind {
         HeadKind::Mean => ("backbone.".to_string(), pooler.is_some()),
-        HeadKind::Pooler => (facts.prefix.to_string(), false),
+        HeadKind::Pooler | HeadKind::Tokens => (facts.prefix.to_string(), false),
     };
     let source = |s: Lin| match (kind, s) {
         (HeadKind::Mean, Lin::UnusedPooler) => pooler,
@@ -116,6 +119,10 @@ mod tests {
         assert_eq!(stock.spec.tensors().last().unwrap().shape, [2]);
         let same = with_head(&stock, HeadKind::Pooler, labels(2), 99).unwrap();
         assert_eq!(same.values(Tensor::W(Lin::Classifier)), stock.values(Tensor::W(Lin::Classifier)));
+        let tokens = with_head(&mean, HeadKind::Tokens, labels(4), 2).unwrap();
+        let last: Vec<_> = tokens.spec.tensors().into_iter().rev().take(2).map(|d| (d.name, d.shape)).collect();
+        assert_eq!(last, [("classifier.bias".to_string(), vec![4]), ("classifier.weight".to_string(), vec![4, 8])]);
+        assert_eq!(tokens.values(Tensor::Word), body.values(Tensor::Word));
         assert!(with_head(&body, HeadKind::Mean, vec!["a".into(), "a".into()], 1).is_err());
         assert!(with_head(&body, HeadKind::Mean, vec![], 1).is_err());
     }

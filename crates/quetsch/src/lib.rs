@@ -1,4 +1,4 @@
-//! BERT-style text classifiers as data: shapes, checkpoints, pruning surgery, quantisation, CPU inference and
+//! BERT-style models of texts and words as data: shapes, checkpoints, pruning surgery, quantisation, CPU inference and
 //! evaluation. Start reading at [`ops`] (the one forward) and [`spec`] (the one table of tensors).
 
 pub mod atomic;
@@ -20,6 +20,7 @@ pub mod quant;
 pub mod rng;
 pub mod runtime;
 pub mod spec;
+pub mod task;
 pub mod tokenizer;
 pub mod vocab;
 

@@ -11,6 +11,8 @@ use statrs::distribution::{Binomial, DiscreteCDF};
 
 use crate::rng::Rng;
 
+pub use tasks::{Distance, Figures, Output, Regression, agree, distance, measure};
+
 /// The 97.5% quantile of the standard normal distribution.
 const Z_95: f64 = 1.959_963_984_540_054;
 /// Equal-width bins of the expected calibration error (Guo et al. 2017 use 15).
@@ -30,6 +32,9 @@ pub struct Metrics {
     pub accuracy: f64,
     /// Wilson's 95% interval of the accuracy (Wilson 1927).
     pub accuracy_interval: [f64; 2],
+    /// Several labels: F1 over all rows and labels together. [`Metrics::accuracy`] is then that of whole rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_f1: Option<f64>,
     /// The mean F1 of the labels that occur as a truth or a prediction, as scikit-learn has it.
     pub macro_f1: f64,
     /// The mean F1 by support.
@@ -164,6 +169,7 @@ pub fn evaluate(logits: &[f32], truth: &[u32], names: &[String]) -> Metrics {
         n,
         accuracy: correct as f64 / n as f64,
         accuracy_interval: wilson(correct, n),
+        micro_f1: None,
         macro_f1: seen.iter().sum::<f64>() / seen.len() as f64,
         weighted_f1: per_class.iter().map(|c| c.f1 * c.support as f64).sum::<f64>() / n as f64,
         top_3: top_3 as f64 / n as f64,
@@ -183,24 +189,43 @@ pub fn evaluate(logits: &[f32], truth: &[u32], names: &[String]) -> Metrics {
     }
 }
 
+/// One row of two models.
+pub(crate) struct Pair {
+    same: bool,
+    parent_right: bool,
+    child_right: bool,
+    kl: f64,
+}
+
 /// Compares the logits of a child with its parent's on the same rows.
 pub fn agreement(parent: &[f32], child: &[f32], truth: &[u32], labels: usize) -> Agreement {
-    let n = truth.len();
-    let (mut flipped, mut deltas) = (Vec::new(), Vec::with_capacity(n));
-    let (mut kl, mut parent_only, mut child_only) = (0.0, 0, 0);
-    for (i, ((p, truth), (c, _))) in rows(parent, truth, labels).zip(rows(child, truth, labels)).enumerate() {
+    compare(rows(parent, truth, labels).zip(rows(child, truth, labels)).map(|((p, truth), (c, _))| {
         let (parent_says, child_says) = (argmax(p), argmax(c));
-        if parent_says != child_says {
+        // 0 ln 0 = 0; with log 0 = -inf it would be NaN.
+        let term = |p: f64, c: f64| if p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - c) };
+        Pair {
+            same: parent_says == child_says,
+            parent_right: parent_says == truth,
+            child_right: child_says == truth,
+            kl: log_softmax(p).into_iter().zip(log_softmax(c)).map(|(p, c)| term(p, c)).sum(),
+        }
+    }))
+}
+
+fn compare(pairs: impl Iterator<Item = Pair>) -> Agreement {
+    let (mut flipped, mut deltas) = (Vec::new(), Vec::new());
+    let (mut kl, mut parent_only, mut child_only) = (0.0, 0, 0);
+    for (i, pair) in pairs.enumerate() {
+        if !pair.same {
             flipped.push(i);
         }
-        let delta = i8::from(child_says == truth) - i8::from(parent_says == truth);
+        let delta = i8::from(pair.child_right) - i8::from(pair.parent_right);
         parent_only += usize::from(delta < 0);
         child_only += usize::from(delta > 0);
         deltas.push(delta);
-        // 0 ln 0 = 0; with log 0 = -inf it would be NaN.
-        let term = |p: f64, c: f64| if p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - c) };
-        kl += log_softmax(p).into_iter().zip(log_softmax(c)).map(|(p, c)| term(p, c)).sum::<f64>();
+        kl += pair.kl;
     }
+    let n = deltas.len();
     Agreement {
         agreement: (n - flipped.len()) as f64 / n as f64,
         flips: flipped.len(),
@@ -306,5 +331,6 @@ fn bootstrap(deltas: &[i8]) -> [f64; 2] {
     [percentile(0.025), percentile(0.975)]
 }
 
+mod tasks;
 #[cfg(test)]
 mod tests;

@@ -6,7 +6,7 @@
 //! specs, weights and batches are checked at the door.
 
 use crate::batch::Batch;
-use crate::spec::{Activation, At, DropSite, Lin, ModelSpec, Norm, Pool};
+use crate::spec::{Activation, At, DropSite, HeadSpec, Lin, ModelSpec, Norm, Pool};
 
 /// An implementation of the encoder's operations: inference, training tape, cost model.
 pub trait Ops {
@@ -68,17 +68,21 @@ fn layer<O: Ops>(ops: &mut O, l: usize, x: O::Act, batch: &Batch) -> O::Act {
     ops.tap(At::Hidden(l), x)
 }
 
-/// Encoder and head: one row of logits per sentence, or one hidden state per token for a bare body.
+/// Encoder and head: one row of logits per sentence or token, or one hidden state per token for a bare body.
 pub fn forward<O: Ops>(ops: &mut O, spec: &ModelSpec, batch: &Batch) -> O::Act {
-    let x = encode(ops, spec, batch);
-    let Some(head) = spec.head_flow() else { return x };
-    let x = ops.pool(head.pool, x, batch);
-    let mut x = ops.tap(At::Pooled, x);
-    if head.dropout {
-        x = ops.dropout(DropSite::HeadIn, x, batch);
+    let mut x = encode(ops, spec, batch);
+    if spec.head == HeadSpec::None {
+        return x;
     }
-    let x = ops.linear(Lin::HeadDense, x, head.activation);
-    let x = ops.tap(At::HeadHidden, x);
+    if let Some(head) = spec.head_flow() {
+        x = ops.pool(head.pool, x, batch);
+        x = ops.tap(At::Pooled, x);
+        if head.dropout {
+            x = ops.dropout(DropSite::HeadIn, x, batch);
+        }
+        x = ops.linear(Lin::HeadDense, x, head.activation);
+        x = ops.tap(At::HeadHidden, x);
+    }
     let x = ops.dropout(DropSite::Classifier, x, batch);
     let logits = ops.linear(Lin::Classifier, x, Activation::Identity);
     ops.tap(At::Logits, logits)

@@ -158,7 +158,7 @@ pub fn default_keep(spec: &ModelSpec) -> Vec<String> {
     let mut keep = vec![];
     if spec.head != HeadSpec::None {
         let (dense, last) = (spec.module(Lin::HeadDense), spec.module(Lin::Classifier));
-        if dense.ends_with(&last) {
+        if spec.head_flow().is_some() && dense.ends_with(&last) {
             keep.push(dense);
         }
         keep.push(last);

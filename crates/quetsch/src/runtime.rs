@@ -17,7 +17,8 @@ use crate::checkpoint::Checkpoint;
 use crate::dir::Source;
 use crate::error::{Error, Result};
 use crate::ops::{Inspect, Ops, forward};
-use crate::spec::{Activation, At, Lin, ModelSpec, Norm, Pool, Tensor};
+use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
+use crate::task::Units;
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
 use quetsch_kernels::window::Window;
@@ -119,11 +120,14 @@ impl Model {
             Norm::Embeddings if self.spec.is_projected() => self.linears.get(&Lin::EmbedProjection),
             Norm::Embeddings => self.qkv.first(),
             Norm::Attention(l) => self.linears.get(&Lin::Up(l)),
+            Norm::Ffn(l) if l + 1 == self.qkv.len() && matches!(self.spec.head, HeadSpec::Tokens { .. }) => {
+                self.linears.get(&Lin::Classifier)
+            }
             Norm::Ffn(l) => self.qkv.get(l + 1),
         }
     }
 
-    /// Logits `[sentences, labels]` of a batch, or hidden states `[tokens, hidden]` of a bare body.
+    /// Logits `[sentences, labels]` or `[tokens, labels]` of a batch, or hidden states `[tokens, hidden]` of a bare body.
     ///
     /// # Errors
     /// The file that holds the word embeddings cannot be read any more.
@@ -149,6 +153,15 @@ impl Model {
     /// As [`Session::logits`].
     pub fn logits(&self, sentences: &[Encoding], threads: usize) -> Result<Vec<f32>> {
         Session::new(threads).logits(self, sentences)
+    }
+
+    /// Logits `[units, labels]` of what has an answer.
+    ///
+    /// # Errors
+    /// As [`Model::logits`].
+    pub fn answers(&self, sentences: &[Encoding], units: &Units, threads: usize) -> Result<Vec<f32>> {
+        let output = self.logits(sentences, threads)?;
+        Ok(units.gather(output, self.spec.head.labels(), sentences.iter().map(|e| e.ids.len())))
     }
 }
 

@@ -33,9 +33,14 @@ pub enum HeadSpec {
         /// Number of labels.
         labels: usize,
     },
+    /// `..ForTokenClassification` of every family: the last linear on every token.
+    Tokens {
+        /// Number of labels.
+        labels: usize,
+    },
 }
 
-/// How the forward goes through a head: pool, hidden layer, last linear.
+/// How the forward goes from tokens to sentences in a head: pool, hidden layer; the last linear follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadFlow {
     /// How a sentence becomes one row.
@@ -51,7 +56,7 @@ impl HeadSpec {
     pub fn labels(self) -> usize {
         match self {
             HeadSpec::None => 0,
-            HeadSpec::MeanMlp { labels } | HeadSpec::Pooler { labels } => labels,
+            HeadSpec::MeanMlp { labels } | HeadSpec::Pooler { labels } | HeadSpec::Tokens { labels } => labels,
         }
     }
 }
@@ -144,7 +149,7 @@ pub enum At {
     Pooled,
     /// `[sentences, hidden]`
     HeadHidden,
-    /// `[sentences, labels]`
+    /// `[sentences, labels]`, or `[tokens, labels]` of a head on tokens
     Logits,
 }
 
@@ -257,11 +262,11 @@ impl ModelSpec {
         self.positions.saturating_sub(self.family.unused_positions())
     }
 
-    /// How the forward goes through the head; `None` for a bare body.
+    /// How the forward goes from tokens to sentences; `None` where rows stay tokens.
     pub fn head_flow(&self) -> Option<HeadFlow> {
         let facts = self.family.facts();
         match self.head {
-            HeadSpec::None => None,
+            HeadSpec::None | HeadSpec::Tokens { .. } => None,
             HeadSpec::MeanMlp { .. } => {
                 Some(HeadFlow { pool: Pool::Mean, dropout: true, activation: Activation::Gelu })
             }
@@ -288,6 +293,7 @@ impl ModelSpec {
             HeadSpec::MeanMlp { labels } | HeadSpec::Pooler { labels } => {
                 t.extend([(Lin::HeadDense, h, h), (Lin::Classifier, labels, h)]);
             }
+            HeadSpec::Tokens { labels } => t.push((Lin::Classifier, labels, h)),
         }
         if self.unused_pooler {
             t.push((Lin::UnusedPooler, h, h));
@@ -367,6 +373,7 @@ impl ModelSpec {
     fn head_name(&self, facts: &Facts, i: usize) -> String {
         match self.head {
             HeadSpec::MeanMlp { .. } => ["head.1", "head.4"][i].to_owned(),
+            HeadSpec::Tokens { .. } => "classifier".to_owned(),
             _ => self.fill(facts.head[i], 0),
         }
     }

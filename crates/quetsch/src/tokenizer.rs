@@ -91,22 +91,50 @@ impl Tokenizer {
         max_length: usize,
         threads: usize,
     ) -> Result<Vec<Encoding>> {
-        let part = texts.len().div_ceil(threads.max(1)).max(1);
-        let all = |texts: &[_]| -> Result<Vec<Encoding>> {
-            texts.iter().map(|t: &_| self.encode(AsRef::<str>::as_ref(t), max_length)).collect()
-        };
-        if texts.len() <= part {
-            return all(texts);
+        spread(texts, threads, |text| self.encode(text.as_ref(), max_length))
+    }
+
+    /// The ids of a sentence that is cut into words, and the place of each word's first token; none for words behind
+    /// `max_length` and for those that have no token. As `is_split_into_words` in transformers.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_words(&self, words: &[String], max_length: usize) -> Result<(Encoding, Vec<Option<u32>>)> {
+        let special = self.room_for_special(false, max_length)?;
+        let cut = TruncationParams { max_length: max_length - special, ..TruncationParams::default() };
+        let plain = self.inner.encode(EncodeInput::from(words), false).map_err(invalid("tokenizer"))?;
+        let (plain, _) = truncate_encodings(plain, None, &cut).map_err(invalid("tokenizer"))?;
+        let e = self.inner.post_process(plain, None, true).map_err(invalid("tokenizer"))?;
+        let mut first = vec![None; words.len()];
+        for (token, word) in (0..).zip(e.get_word_ids()) {
+            if let Some(place) = word.and_then(|w| first.get_mut(w as usize)) {
+                place.get_or_insert(token);
+            }
         }
-        let parts = std::thread::scope(|scope| {
-            let running: Vec<_> = texts.chunks(part).map(|texts| scope.spawn(move || all(texts))).collect();
-            running.into_iter().map(|r| r.join()).collect::<Vec<_>>()
-        });
-        let mut encodings = Vec::with_capacity(texts.len());
-        for part in parts {
-            encodings.extend(part.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        Ok((Encoding { ids: e.get_ids().to_vec(), types: vec![] }, first))
+    }
+
+    /// Many sentences of words on `threads` threads.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_words_all(
+        &self,
+        sentences: &[Vec<String>],
+        max_length: usize,
+        threads: usize,
+    ) -> Result<Vec<(Encoding, Vec<Option<u32>>)>> {
+        spread(sentences, threads, |words| self.encode_words(words, max_length))
+    }
+
+    fn room_for_special(&self, is_pair: bool, max_length: usize) -> Result<usize> {
+        let special = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(is_pair));
+        if max_length <= special {
+            return Err(Error::invalid(format!(
+                "max_length is {max_length}, expected more than the {special} special tokens"
+            )));
         }
-        Ok(encodings)
+        Ok(special)
     }
 
     /// The ids of a text or a pair, cut at the end that `cut` says. With `max_length` `usize::MAX` nothing is cut.
@@ -114,12 +142,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_cut(&self, a: &str, b: Option<&str>, max_length: usize, cut: Cut) -> Result<Encoding> {
-        let special = self.inner.get_post_processor().map_or(0, |p| p.added_tokens(b.is_some()));
-        if max_length <= special {
-            return Err(Error::invalid(format!(
-                "max_length is {max_length}, expected more than the {special} special tokens"
-            )));
-        }
+        let special = self.room_for_special(b.is_some(), max_length)?;
         // Cut on the left, a text's end is wanted, so all of it is read.
         let (direction, enough) = match cut {
             Cut::Left => (TruncationDirection::Left, usize::MAX),
@@ -213,6 +236,25 @@ impl Tokenizer {
             })
             .collect()
     }
+}
+
+/// `f` of all items, dealt to threads, in order.
+fn spread<I: Sync, O: Send>(items: &[I], threads: usize, f: impl Fn(&I) -> Result<O> + Sync) -> Result<Vec<O>> {
+    let part = items.len().div_ceil(threads.max(1)).max(1);
+    let all = |items: &[I]| items.iter().map(&f).collect::<Result<Vec<O>>>();
+    if items.len() <= part {
+        return all(items);
+    }
+    let parts = std::thread::scope(|scope| {
+        let all = &all;
+        let running: Vec<_> = items.chunks(part).map(|items| scope.spawn(move || all(items))).collect();
+        running.into_iter().map(|r| r.join()).collect::<Vec<_>>()
+    });
+    let mut done = Vec::with_capacity(items.len());
+    for part in parts {
+        done.extend(part.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+    }
+    Ok(done)
 }
 
 /// A normalizer's JSON with `strip_accents` null replaced by what it means.

@@ -105,6 +105,8 @@ fn every_scheme_reads_back_as_written() {
         (HeadSpec::Pooler { labels: 3 }, "distilbert.", false, labels()),
         (HeadSpec::Pooler { labels: 3 }, "roberta.", true, labels()),
         (HeadSpec::Pooler { labels: 3 }, "electra.", false, labels()),
+        (HeadSpec::Tokens { labels: 3 }, "bert.", false, labels()),
+        (HeadSpec::Tokens { labels: 3 }, "distilbert.", false, labels()),
         (HeadSpec::None, "", true, vec![]),
         (HeadSpec::None, "bert.", false, vec![]),
     ];

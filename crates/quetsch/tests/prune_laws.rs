@@ -29,6 +29,7 @@ fn specs() -> impl Strategy<Value = ModelSpec> {
         Just(HeadSpec::None),
         (1..4usize).prop_map(|labels| HeadSpec::MeanMlp { labels }),
         (1..4usize).prop_map(|labels| HeadSpec::Pooler { labels }),
+        (1..4usize).prop_map(|labels| HeadSpec::Tokens { labels }),
     ];
     let layers = prop::collection::vec(layer, 1..4);
     let family = prop::sample::select(reference::FAMILIES.to_vec());

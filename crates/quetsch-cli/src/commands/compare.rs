@@ -9,6 +9,7 @@ use crate::work::{corpus, pretty};
 use anyhow::Result;
 use clap::Args;
 use quetsch::atomic::write_file;
+use quetsch::task::Task;
 use std::path::{Path, PathBuf};
 
 /// Flags of `compare`.
@@ -29,6 +30,9 @@ pub struct CompareModels {
     /// Name of the label column; found by its usual names if not given
     #[arg(long, value_name = "NAME")]
     label_col: Option<String>,
+    /// Several labels in one field are separated by this [default: |]
+    #[arg(long, value_name = "TEXT")]
+    label_separator: Option<String>,
     /// Labelled texts to fit temperatures on, neither trained nor measured on; models stay as they are
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
@@ -49,6 +53,7 @@ pub fn run(c: &CompareModels, ui: &Ui) -> Result<()> {
         test: Some(c.data.clone()),
         text_col: c.text_col.clone(),
         label_col: c.label_col.clone(),
+        label_separator: c.label_separator.clone(),
         ..Data::default()
     };
     if let Some(file) = c.report.iter().find(|f| Form::of(f).is_none()) {
@@ -56,8 +61,15 @@ pub fn run(c: &CompareModels, ui: &Ui) -> Result<()> {
     }
     let calibration = match (&c.calibration, c.dirs.first()) {
         (Some(file), Some(first)) => {
-            let labels = quetsch::dir::read_checkpoint(first)?.labels;
-            Some(corpus::read(file, &data, &labels)?)
+            let model = quetsch::dir::read_checkpoint(first)?;
+            let set = corpus::read(file, &data, (&model).into())?;
+            if set.task != Task::default() {
+                let task = set.task;
+                return Err(usage(format!(
+                    "--calibration: temperatures are of one label a text, this task is {task}"
+                )));
+            }
+            Some(set)
         }
         _ => None,
     };

@@ -14,6 +14,7 @@ use quetsch::checkpoint::Checkpoint;
 use quetsch::dir::{self, ModelDir};
 use quetsch::runtime::Classifier;
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
+use quetsch::task::Problem;
 use quetsch::tokenizer::{Tokenizer, train_wordpiece};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -95,7 +96,12 @@ pub fn run(d: &Demo, ui: &Ui) -> Result<()> {
     let logits = classifier.logits(&samples, ui.threads(None))?;
     let rows = samples.iter().zip(logits.chunks(classifier.labels().len()));
     let answers: Vec<Answer> = rows
-        .map(|(text, row)| Answer { text, predictions: guesses(row, classifier.labels(), 3), logits: None })
+        .map(|(text, row)| Answer {
+            text,
+            predictions: guesses(Problem::SingleLabel, row, classifier.labels(), 3),
+            labels: None,
+            logits: None,
+        })
         .collect();
     let printed: String = answers.iter().map(human).collect();
     ui.say(format!("\nTop-3 labels of the int8 model:\n{printed}"))?;

@@ -5,10 +5,12 @@ use crate::ui::{Ui, percent};
 use crate::work::compare::{Plan, compare};
 use crate::work::corpus;
 use crate::work::gate::{self, Gate};
+use crate::work::warn_of_lost_words;
 use anyhow::Result;
 use clap::Args;
-use quetsch::metrics::{self, Metrics};
+use quetsch::metrics::{self, Figures, Metrics, Regression};
 use quetsch::runtime::Classifier;
+use quetsch::task::Level;
 use std::path::PathBuf;
 
 /// Flags of `eval`.
@@ -26,6 +28,9 @@ pub struct Eval {
     /// Name of the label column; found by its usual names if not given
     #[arg(long, value_name = "NAME")]
     label_col: Option<String>,
+    /// Several labels in one field are separated by this [default: |]
+    #[arg(long, value_name = "TEXT")]
+    label_separator: Option<String>,
     /// Longest text in tokens; longer ones are cut [default: what the model says, else 256]
     #[arg(long, value_name = "TOKENS")]
     max_length: Option<usize>,
@@ -37,14 +42,27 @@ pub struct Eval {
 /// Runs `eval`.
 pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
     let classifier = Classifier::load(&e.model, e.max_length)?;
-    let columns = Data { text_col: e.text_col.clone(), label_col: e.label_col.clone(), ..Data::default() };
-    let set = corpus::read(&e.data, &columns, classifier.labels())?;
+    let columns = Data {
+        text_col: e.text_col.clone(),
+        label_col: e.label_col.clone(),
+        label_separator: e.label_separator.clone(),
+        ..Data::default()
+    };
+    gate::sensible(&e.gate, classifier.task())?;
+    let set = corpus::read(&e.data, &columns, (&classifier).into())?;
     for warning in &set.warnings {
         ui.warn(format!("{}: {warning}", e.data.display()));
     }
-    let logits = classifier.logits(&set.texts, ui.threads(None))?;
-    let figures = metrics::evaluate(&logits, &set.labels, classifier.labels());
-    ui.result(human(&figures).trim_end(), &figures)?;
+    let (examples, logits) = classifier.answers(&set, ui.threads(None))?;
+    warn_of_lost_words(&examples, &e.data.display().to_string(), ui);
+    let task = classifier.task();
+    let figures = metrics::measure(task.problem, &logits, examples.targets(), classifier.labels());
+    let what = if task.level == Level::Token { "words    " } else { "sentences" };
+    let shown = match &figures {
+        Figures::Labels(m) => human(m, what),
+        Figures::Numbers(r) => numbers(r, what),
+    };
+    ui.result(shown.trim_end(), &figures)?;
     if e.gate.is_empty() {
         return Ok(());
     }
@@ -64,10 +82,13 @@ pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
 }
 
 /// The figures for people: totals, the five weakest labels, the five most frequent confusions.
-pub fn human(m: &Metrics) -> String {
+pub fn human(m: &Metrics, what: &str) -> String {
     let [low, high] = m.accuracy_interval;
+    let micro = m.micro_f1.map_or(String::new(), |f1| {
+        format!("  of whole rows: all labels right and no other\nmicro-F1     {}", percent(f1))
+    });
     let mut text = format!(
-        "sentences    {}\naccuracy     {}  (95% interval {} to {})\nmacro-F1     {}\ntop-3        {}\n\
+        "{what}    {}\naccuracy     {}  (95% interval {} to {}){micro}\nmacro-F1     {}\ntop-3        {}\n\
          ECE          {:.4}\nloss         {:.4}\n",
         m.n,
         percent(m.accuracy),
@@ -89,6 +110,21 @@ pub fn human(m: &Metrics) -> String {
     }
     for c in m.confusions.iter().take(5) {
         text += &format!("  {:>4}  {} -> {}\n", c.count, c.truth, c.predicted);
+    }
+    text
+}
+
+/// The figures of numbers for people: totals, then each output.
+fn numbers(r: &Regression, what: &str) -> String {
+    let mut text = format!(
+        "{what}    {}\nMSE          {:.5}\nMAE          {:.5}\nR2           {:.4}\nPearson      {:.4}\n",
+        r.n, r.mse, r.mae, r.r2, r.pearson
+    );
+    if r.outputs.len() > 1 {
+        text += "outputs (MSE, MAE, R2, Pearson):\n";
+        for o in &r.outputs {
+            text += &format!("  {:.5}  {:.5}  {:.4}  {:.4}  {}\n", o.mse, o.mae, o.r2, o.pearson, o.name);
+        }
     }
     text
 }

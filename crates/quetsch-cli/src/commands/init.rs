@@ -2,7 +2,7 @@
 
 use crate::settings::Data;
 use crate::ui::Ui;
-use crate::work::corpus;
+use crate::work::corpus::{self, Wanted};
 use anyhow::Result;
 use clap::Args;
 use quetsch::atomic::write_file;
@@ -44,12 +44,12 @@ pub fn run(i: &Init, ui: &Ui) -> Result<()> {
         anyhow::bail!("{} exists; pass --force to replace it", i.out.display());
     }
     let mut data = Data { text_col: i.text_col.clone(), label_col: i.label_col.clone(), ..Data::default() };
-    let read = corpus::read(i.train.as_ref(), &data, &[]);
+    let read = corpus::read(i.train.as_ref(), &data, Wanted::default());
     let set = match (read, columns(i.train.as_ref())) {
         (Err(_), Some((text, label))) if data.text_col.is_none() && data.label_col.is_none() => {
             ui.note(format!("{}: `{text}` looks like the text and `{label}` like the label", i.train));
             (data.text_col, data.label_col) = (Some(text), Some(label));
-            corpus::read(i.train.as_ref(), &data, &[])?
+            corpus::read(i.train.as_ref(), &data, Wanted::default())?
         }
         (read, _) => read?,
     };

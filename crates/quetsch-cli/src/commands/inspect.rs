@@ -49,6 +49,9 @@ struct Facts {
     positions: usize,
     head: String,
     labels: Vec<String>,
+    /// What the model is asked; none for a bare body.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    task: Option<String>,
     parts: BTreeMap<&'static str, Part>,
     layers: Vec<Layer>,
     sites: BTreeMap<String, &'static str>,
@@ -97,6 +100,7 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
         positions: spec.longest(),
         head: match spec.head {
             quetsch::spec::HeadSpec::None => "none (a bare body)".into(),
+            quetsch::spec::HeadSpec::Tokens { labels } => format!("every token, 1 linear, {labels} labels"),
             quetsch::spec::HeadSpec::MeanMlp { labels } => format!("mean pool, 2 linears, {labels} labels"),
             quetsch::spec::HeadSpec::Pooler { labels } => match spec.family.facts().head_is_pooler() {
                 true => format!("first token, pooler, {labels} labels"),
@@ -104,6 +108,7 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
             },
         },
         labels: ck.labels.clone(),
+        task: ck.task().map(|task| task.to_string()),
         layers: layers.collect(),
         sites: sites.collect(),
         warnings: ck.warnings.clone(),

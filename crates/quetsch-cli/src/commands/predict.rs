@@ -1,14 +1,17 @@
 //! `quetsch predict`: texts in, labels and scores out.
 
+mod words;
+
 use crate::args::Format;
 use crate::exit::usage;
 use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::Args;
 use quetsch::data::Texts;
-use quetsch::metrics::{softmax, top_k};
+use quetsch::metrics::top_k;
 use quetsch::runtime::Classifier;
 use quetsch::runtime::stream::stream;
+use quetsch::task::{Level, Problem, THRESHOLD, Task, sigmoid};
 use serde::Serialize;
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -38,12 +41,12 @@ pub struct Predict {
     max_length: Option<usize>,
 }
 
-/// A label with its probability.
+/// A label with its probability, or an output with its number.
 #[derive(Serialize)]
 pub struct Guess<'a> {
     /// The label.
     pub label: &'a str,
-    /// Its softmax score.
+    /// Its softmax or sigmoid score; of a regression the number.
     pub score: f32,
 }
 
@@ -52,35 +55,64 @@ pub struct Guess<'a> {
 pub struct Answer<'a> {
     /// The text.
     pub text: &'a str,
-    /// The most likely labels in falling score.
+    /// The most likely labels in falling score; of a regression all outputs in their order.
     pub predictions: Vec<Guess<'a>>,
+    /// Several labels: those that are given, whose score is at least 0.5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub labels: Option<Vec<&'a str>>,
     /// Raw logits by label index.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logits: Option<&'a [f32]>,
 }
 
-/// The `k` most likely labels of one row of logits.
-pub fn guesses<'a>(logits: &[f32], labels: &'a [String], k: usize) -> Vec<Guess<'a>> {
+/// The `k` most likely labels of one row of logits; all outputs of a regression.
+pub fn guesses<'a>(problem: Problem, logits: &[f32], labels: &'a [String], k: usize) -> Vec<Guess<'a>> {
     let mut scores = logits.to_vec();
-    softmax(&mut scores);
-    top_k(logits, k).into_iter().map(|i| Guess { label: &labels[i], score: scores[i] }).collect()
+    problem.scores(&mut scores);
+    let order = match problem {
+        Problem::Regression => (0..labels.len()).collect(),
+        _ => top_k(logits, k),
+    };
+    order.into_iter().map(|i| Guess { label: &labels[i], score: scores[i] }).collect()
+}
+
+/// Several labels: those that a row is given.
+pub fn given<'a>(logits: &[f32], labels: &'a [String]) -> Vec<&'a str> {
+    let given = logits.iter().zip(labels).filter(|(x, _)| sigmoid(**x) >= THRESHOLD);
+    given.map(|(_, label)| label.as_str()).collect()
 }
 
 /// Runs `predict`.
 pub fn run(p: &Predict, ui: &Ui) -> Result<()> {
     let classifier = Classifier::load(&p.model, p.max_length)?;
     let labels = classifier.labels();
+    let Task { problem, level } = classifier.task();
+    if let (Some(k), true) = (p.top_k, problem == Problem::Regression || level == Level::Token) {
+        return Err(usage(format!(
+            "--top-k {k}: this model's task is {}, its answers have no order",
+            classifier.task()
+        )));
+    }
     let k = match p.top_k {
+        None if problem == Problem::Regression => labels.len(),
         Some(k) if k == 0 || k > labels.len() => {
             return Err(usage(format!("--top-k {k}: this model has {} labels, give 1 to {0}", labels.len())));
         }
         Some(k) => k,
         None => 3.min(labels.len()),
     };
+    if level == Level::Token {
+        return words::run(p, &classifier, ui);
+    }
     let show = |texts: &[String], logits: &[f32]| -> Result<String> {
         let mut shown = String::new();
         for (text, row) in texts.iter().zip(logits.chunks(labels.len())) {
-            let answer = Answer { text, predictions: guesses(row, labels, k), logits: p.logits.then_some(row) };
+            let answer = Answer {
+                text,
+                predictions: guesses(problem, row, labels, k),
+                labels: (problem == Problem::MultiLabel).then(|| given(row, labels)),
+                logits: p.logits.then_some(row),
+            };
             shown += &match ui.format {
                 Format::Human => human(&answer),
                 Format::Jsonl => serde_json::to_string(&answer)? + "\n",
@@ -96,7 +128,9 @@ pub fn run(p: &Predict, ui: &Ui) -> Result<()> {
         }
         Ok(shown)
     };
-    let mut document = Document { format: ui.format, columns: k, begun: false, held: String::new() };
+    let columns = (1..=k).flat_map(|i| [format!("label_{i}"), format!("score_{i}")]);
+    let columns = std::iter::once("text".to_string()).chain(columns).collect();
+    let mut document = Document { format: ui.format, columns, begun: false, held: String::new() };
     if p.input.is_none() && !p.text.is_empty() {
         document.add(show(&p.text, &classifier.logits(&p.text, ui.threads(None))?)?)?;
         return document.end();
@@ -113,7 +147,8 @@ pub fn run(p: &Predict, ui: &Ui) -> Result<()> {
 /// What stands around the answers: brackets and commas of a JSON list, the header of a CSV file.
 struct Document {
     format: Format,
-    columns: usize,
+    /// CSV: the header.
+    columns: Vec<String>,
     begun: bool,
     /// JSON: the comma and line break after the last answer, until another one comes.
     held: String,
@@ -132,10 +167,7 @@ impl Document {
     fn begin(&mut self) -> Result<()> {
         match (self.format, std::mem::replace(&mut self.begun, true)) {
             (Format::Json, false) => ui::out("[\n"),
-            (Format::Csv, false) => {
-                let columns = (1..=self.columns).flat_map(|i| [format!("label_{i}"), format!("score_{i}")]);
-                ui::out(&csv_line(std::iter::once("text".to_string()).chain(columns))?)
-            }
+            (Format::Csv, false) => ui::out(&csv_line(std::mem::take(&mut self.columns).into_iter())?),
             _ => Ok(()),
         }
     }
@@ -160,7 +192,9 @@ pub fn human(answer: &Answer) -> String {
     let width = answer.predictions.iter().map(|g| g.label.chars().count()).max().unwrap_or(0);
     let mut text = format!("{}\n", answer.text);
     for (i, guess) in answer.predictions.iter().enumerate() {
-        text += &format!("  {}. {:width$}  {:.4}\n", i + 1, guess.label, guess.score);
+        let given = answer.labels.as_ref().is_some_and(|given| given.contains(&guess.label));
+        let mark = if given { "  *" } else { "" };
+        text += &format!("  {}. {:width$}  {:.4}{mark}\n", i + 1, guess.label, guess.score);
     }
     text
 }

@@ -2,6 +2,7 @@
 
 use crate::recipe::{self, Kind, Recipe};
 use crate::ui::{self, Ui, mb};
+use crate::work::corpus::Wanted;
 use crate::work::gate::Gate;
 use crate::work::pipeline::{self, Options};
 use crate::work::provenance::Provenance;
@@ -11,6 +12,7 @@ use clap::Args;
 use quetsch::dir;
 use quetsch::quant::{self, Scheme};
 use quetsch::spec::{HeadSpec, ModelSpec};
+use quetsch::task::Level;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -129,8 +131,12 @@ fn parameters(spec: &ModelSpec) -> usize {
 fn with_head(kind: &Kind, mut spec: ModelSpec, recipe: &Recipe) -> ModelSpec {
     if matches!(kind, Kind::Train(_)) && spec.head == HeadSpec::None {
         let path = recipe.data.train.as_ref();
-        let set = path.and_then(|p| crate::work::corpus::read(p.as_ref(), &recipe.data, &[]).ok());
-        spec.head = HeadSpec::MeanMlp { labels: set.map_or(2, |s| s.names.len()) };
+        let set = path.and_then(|p| crate::work::corpus::read(p.as_ref(), &recipe.data, Wanted::default()).ok());
+        let labels = set.as_ref().map_or(2, |s| s.names.len());
+        spec.head = match set.map(|s| s.task.level) {
+            Some(Level::Token) => HeadSpec::Tokens { labels },
+            _ => HeadSpec::MeanMlp { labels },
+        };
     }
     spec
 }

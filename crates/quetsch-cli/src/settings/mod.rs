@@ -13,6 +13,7 @@ pub use training::{ClassWeights, Kd, KeepEpoch, Measure, Precision, Qkv, Schedul
 use crate::values::Amount;
 use crate::work::report::Lang;
 use clap::{Args, ValueEnum};
+use quetsch::task::Problem;
 use serde::{Deserialize, Serialize};
 
 /// How serious a finding about a setting is.
@@ -88,9 +89,41 @@ pub struct Data {
     /// Name of the text column; found by its usual names if not given
     #[arg(long, value_name = "NAME")]
     pub text_col: Option<String>,
-    /// Name of the label column; found by its usual names if not given
+    /// Name of the label column, or of several with a number each (valence,arousal); found by its usual names if not
+    /// given
     #[arg(long, value_name = "NAME")]
     pub label_col: Option<String>,
+    /// Several labels in one field are separated by this, such as | [default: | where the task is multi-label]
+    #[arg(long, value_name = "TEXT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub label_separator: Option<String>,
+    /// What the labels mean, if not what they look like or what the model has
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<Task>,
+}
+
+/// What labels mean. Whether they are of texts or of words is told by the data: lists of words have lists of labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// One of the labels is right.
+    SingleLabel,
+    /// Each label is right or not.
+    MultiLabel,
+    /// Labels are numbers.
+    Regression,
+}
+
+impl Task {
+    /// As the library has it.
+    pub fn problem(self) -> Problem {
+        match self {
+            Task::SingleLabel => Problem::SingleLabel,
+            Task::MultiLabel => Problem::MultiLabel,
+            Task::Regression => Problem::Regression,
+        }
+    }
 }
 
 impl Settings for Data {
@@ -99,6 +132,10 @@ impl Settings for Data {
         c.error((0.0..=0.5).contains(&self.validation), "validation", || {
             format!("is {}, must lie in [0, 0.5]", self.validation)
         });
+        let separator = self.label_separator.as_deref();
+        c.error(separator != Some(""), "label-separator", || "is empty".into());
+        let alone = separator.is_none() || matches!(self.task, None | Some(Task::MultiLabel));
+        c.error(alone, "label-separator", || "separates several labels: the task is multi-label".into());
         c.0
     }
 }
@@ -122,7 +159,7 @@ pub struct Train {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// Head to add when the model has none
+    /// Head to add when the model has none and labels are of texts; those of words need no choice
     #[arg(long, value_enum, default_value_t = Head::Mean)]
     pub head: Head,
     /// Also train so many models, each without its part of the data, and keep their logits on that part: targets for a

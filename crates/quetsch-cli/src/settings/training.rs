@@ -92,6 +92,9 @@ pub struct Training {
     /// How much the classes weigh in the cross-entropy: alike, by 1 / size (balanced) or by its root (sqrt)
     #[arg(long, value_enum, default_value_t = Training::default().class_weights)]
     pub class_weights: ClassWeights,
+    /// Labels that are numbers: the distance of outputs from them, mse or l1
+    #[arg(long, value_enum, default_value_t = Measure::Mse)]
+    pub regression_loss: Measure,
     /// Decoupled weight decay; never on biases and LayerNorm
     #[arg(long, default_value_t = Training::default().weight_decay)]
     pub weight_decay: f64,
@@ -147,6 +150,7 @@ impl Default for Training {
             head_learning_rate: None,
             label_smoothing: 0.0,
             class_weights: ClassWeights::None,
+            regression_loss: Measure::Mse,
             weight_decay: 0.01,
             warmup: 0.1,
             schedule: Schedule::Linear,
@@ -194,6 +198,9 @@ impl Training {
             "stops after epochs that were no better, so the last one is not the one to keep: set `keep` to best"
                 .into()
         });
+        c.error(self.regression_loss != Measure::Cosine, "regression-loss", || {
+            "is cosine, must be mse or l1".into()
+        });
         for (key, p) in [("dropout", self.dropout), ("head-dropout", self.head_dropout)] {
             c.error((0.0..1.0).contains(&p), key, || format!("is {p}, must lie in [0, 1)"));
         }
@@ -230,6 +237,9 @@ pub struct Kd {
     /// That distance
     #[arg(long, value_enum, default_value_t = Measure::Mse)]
     pub logits_loss: Measure,
+    /// Numbers of a sequence of words: weight of the distance of their first differences, from word to word
+    #[arg(long, value_name = "WEIGHT", default_value_t = Kd::default().differences)]
+    pub differences: f64,
     /// Weight of the distance between hidden states, layer to layer
     #[arg(long, value_name = "WEIGHT", default_value_t = Kd::default().hidden)]
     pub hidden: f64,
@@ -297,6 +307,7 @@ impl Default for Kd {
             temperature_end: None,
             logits: 0.0,
             logits_loss: Measure::Mse,
+            differences: 0.0,
             hidden: 0.0,
             embeddings: 0.0,
             hidden_loss: Measure::Mse,
@@ -316,6 +327,7 @@ impl Kd {
         let (a, t) = (self.alpha, self.temperature);
         let weights = [
             ("logits", self.logits),
+            ("differences", self.differences),
             ("hidden", self.hidden),
             ("embeddings", self.embeddings),
             ("attention", self.attention),

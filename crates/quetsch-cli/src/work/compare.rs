@@ -11,13 +11,15 @@ use crate::settings::{self, Data};
 use crate::ui::Ui;
 use anyhow::{Context, Result, anyhow, bail};
 use quetsch::baseline::TfIdf;
-use quetsch::data::Dataset;
+use quetsch::data::{Dataset, Examples};
 use quetsch::dir;
-use quetsch::metrics::{self, Agreement, Metrics};
+use quetsch::metrics::{self, Agreement, Distance, Figures, Metrics, Regression};
 use quetsch::runtime::Classifier;
+use quetsch::task::{Problem, Task};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::LazyLock;
 
 /// Changed answers that are written out for each variant; the counts are of all.
 const FLIPS_SHOWN: usize = 40;
@@ -47,7 +49,7 @@ pub struct Variant {
     pub storage: Option<Storage>,
     /// On the data.
     #[serde(flatten)]
-    pub figures: Metrics,
+    pub figures: Figures,
     /// The label that is found least often.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worst_recall: Option<Worst>,
@@ -63,6 +65,9 @@ pub struct Variant {
     /// Against the first variant, if that is not the parent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub against_first: Option<Agreement>,
+    /// Numbers against those of the parent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distance_to_parent: Option<Distance>,
     /// The first changed answers, those that became wrong before all others.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub flipped: Vec<Flip>,
@@ -75,6 +80,22 @@ pub struct Variant {
     /// What it was made from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub provenance: Option<Provenance>,
+}
+
+impl Variant {
+    /// The figures of labels; NaN where answers are numbers.
+    pub fn labels(&self) -> &Metrics {
+        static NONE: LazyLock<Metrics> = LazyLock::new(|| metrics::evaluate(&[], &[], &[]));
+        self.figures.labels().unwrap_or(&NONE)
+    }
+
+    /// The figures of numbers.
+    pub fn numbers(&self) -> Option<&Regression> {
+        match &self.figures {
+            Figures::Numbers(r) => Some(r),
+            Figures::Labels(_) => None,
+        }
+    }
 }
 
 /// The label with the lowest recall.
@@ -191,6 +212,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
     let mut variants: Vec<Variant> = vec![];
     let (mut hashes, mut all_logits): (Vec<String>, Vec<Vec<f32>>) = (vec![], vec![]);
     let mut truth: Option<Dataset> = None;
+    let mut known: Option<Examples> = None;
     let test = plan.data.test.as_ref().context("no test data: give --data FILE")?;
     let steps = plan.models.len() as u64;
     let mut bar = ui.bar(steps, "compare");
@@ -199,13 +221,25 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
         let model = dir::read(path)?;
         let classifier = Classifier::new(&model, None).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         if truth.is_none() {
-            truth = Some(corpus::read(test.as_ref(), plan.data, classifier.labels())?);
+            truth = Some(corpus::read(test.as_ref(), plan.data, (&classifier).into())?);
+            gate::sensible(plan.gates, classifier.task())?;
         }
         let Some(set) = &truth else { unreachable!("set above") };
-        if classifier.labels() != set.names {
-            bail!("{}: its labels are not those of {}", path.display(), plan.models[0].1.display());
+        if classifier.labels() != set.names || classifier.task() != set.task {
+            let what = if classifier.task() != set.task { "task is not that" } else { "labels are not those" };
+            bail!("{}: its {what} of {}", path.display(), plan.models[0].1.display());
         }
-        let logits = classifier.logits(&set.texts, plan.threads)?;
+        let (examples, logits) = classifier.answers(set, plan.threads)?;
+        if known.as_ref().is_some_and(|first| first.count() != examples.count()) {
+            bail!(
+                "{}: it reads {} words of the data, {} reads {}: their answers do not stand side by side",
+                path.display(),
+                examples.count(),
+                plan.models[0].1.display(),
+                known.map_or(0, |first| first.count())
+            );
+        }
+        let problem = set.task.problem;
         let hash = corpus::hash_model(path)?;
         let provenance = Provenance::read(path);
         let first = (i > 0).then_some(0);
@@ -213,10 +247,13 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             true => first,
             false => parent_of(provenance.as_ref(), &hashes).or(first),
         };
-        let against = |p: usize| metrics::agreement(&all_logits[p], &logits, &set.labels, set.names.len());
-        let against_parent = parent.map(against);
-        let flipped = against_parent.as_ref().zip(parent);
-        let figures = metrics::evaluate(&logits, &set.labels, &set.names);
+        let outputs = set.names.len();
+        let against = |p: usize| metrics::agree(problem, &all_logits[p], &logits, examples.targets(), outputs);
+        let against_parent = parent.and_then(against);
+        let flipped = against_parent.as_ref().zip(parent).filter(|_| set.task == Task::default());
+        let figures = metrics::measure(problem, &logits, examples.targets(), &set.names);
+        let is_numbers = problem == Problem::Regression;
+        let distance = parent.filter(|_| is_numbers).map(|p| metrics::distance(&all_logits[p], &logits, outputs));
         variants.push(Variant {
             name: name.clone(),
             dir: Some(path.clone()),
@@ -225,19 +262,21 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             disk_bytes: corpus::disk_bytes(path),
             parts: parts::coarse(&model.checkpoint),
             storage: Some(parts::storage(&model.checkpoint)),
-            worst_recall: worst(&figures),
+            worst_recall: figures.labels().and_then(worst),
             below_baseline: None,
             calibrated: calibrated(plan, &classifier, &logits, set)?,
             figures,
             flipped: flipped.map_or_else(Vec::new, |(a, p)| flips(a, &all_logits[p], &logits, set)),
             against_parent,
-            against_first: first.filter(|_| parent != first).map(against),
+            distance_to_parent: distance,
+            against_first: first.filter(|_| parent != first).and_then(against),
             speed: None,
             loss_curve: loss_curve(path),
             provenance,
         });
         hashes.push(hash);
         all_logits.push(logits);
+        known.get_or_insert(examples);
     }
     if !plan.settings.no_speed {
         for variant in &mut variants {
@@ -249,12 +288,14 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
     }
     drop(bar);
     let set = truth.context("no model to compare")?;
-    if let Some(train) = plan.data.train.as_ref().filter(|_| !plan.settings.no_baseline) {
-        let train = corpus::read(train.as_ref(), plan.data, &set.names)?;
+    // The baseline gives each text one label.
+    let has_baseline = !plan.settings.no_baseline && set.task == Task::default();
+    if let Some(train) = plan.data.train.as_ref().filter(|_| has_baseline) {
+        let train = corpus::read(train.as_ref(), plan.data, (&set).into())?;
         let baseline = TfIdf::fit(&train.texts, &train.labels, set.names.len());
         let scores: Vec<f32> = set.texts.iter().flat_map(|t| baseline.scores(t)).collect();
         let figures = metrics::evaluate(&scores, &set.labels, &set.names);
-        variants.iter_mut().for_each(|v| v.below_baseline = Some(v.figures.accuracy < figures.accuracy));
+        variants.iter_mut().for_each(|v| v.below_baseline = Some(v.labels().accuracy < figures.accuracy));
         variants.push(Variant {
             name: BASELINE.into(),
             dir: None,
@@ -266,9 +307,10 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             worst_recall: worst(&figures),
             below_baseline: None,
             calibrated: None,
-            figures,
+            figures: Figures::Labels(figures),
             against_parent: None,
             against_first: None,
+            distance_to_parent: None,
             flipped: vec![],
             speed: None,
             loss_curve: vec![],
@@ -286,7 +328,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
         data: Measured {
             test: test.clone(),
             test_blake3: corpus::hash_file(test.as_ref())?,
-            train: plan.data.train.clone().filter(|_| !plan.settings.no_baseline),
+            train: plan.data.train.clone().filter(|_| has_baseline),
         },
         command: machine::command_line(),
         recipe: None,
@@ -312,7 +354,8 @@ fn worst(figures: &Metrics) -> Option<Worst> {
 }
 
 fn calibrated(plan: &Plan, model: &Classifier, logits: &[f32], test: &Dataset) -> Result<Option<Calibrated>> {
-    let Some(set) = &plan.calibration else { return Ok(None) };
+    // A temperature is of one label a text.
+    let Some(set) = plan.calibration.as_ref().filter(|set| set.task == Task::default()) else { return Ok(None) };
     let own = model.logits(&set.texts, plan.threads)?;
     let temperature = metrics::temperature(&own, &set.labels, set.names.len());
     let scaled: Vec<f32> = logits.iter().map(|&x| (f64::from(x) / temperature) as f32).collect();

@@ -3,7 +3,10 @@
 use crate::settings::Data;
 use crate::ui::Ui;
 use anyhow::{Context, Result, anyhow};
+use quetsch::checkpoint::Checkpoint;
 use quetsch::data::{self, Dataset, Overlap, ReadOptions};
+use quetsch::runtime::Classifier;
+use quetsch::task::{Level, Task};
 use serde::Serialize;
 use std::path::Path;
 
@@ -28,10 +31,14 @@ impl Training {
         Ok(())
     }
 
-    /// The labels of all texts.
-    pub fn targets(&self) -> Vec<u32> {
-        let none = std::iter::repeat_n(quetsch_train::UNLABELLED, self.unlabelled.len());
-        self.train.labels.iter().copied().chain(none).collect()
+    /// The texts without labels as a set.
+    pub fn open(&self) -> Dataset {
+        let words = match self.train.task.level {
+            Level::Sentence => vec![],
+            Level::Token => self.unlabelled.iter().map(|text| data::split_words(text)).collect(),
+        };
+        let (task, names) = (self.train.task, self.train.names.clone());
+        Dataset { task, names, words, texts: self.unlabelled.clone(), ..Dataset::default() }
     }
 }
 
@@ -59,17 +66,57 @@ pub struct Facts {
     pub overlap: Overlap,
 }
 
-fn options(data: &Data, names: &[String]) -> ReadOptions {
-    ReadOptions {
-        text_col: data.text_col.clone(),
-        label_col: data.label_col.clone(),
-        names: (!names.is_empty()).then(|| names.to_vec()),
+/// What labels must be, if the data are not to tell.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wanted<'a> {
+    /// The label order.
+    names: &'a [String],
+    /// The task.
+    task: Option<Task>,
+}
+
+impl<'a> From<&'a Checkpoint> for Wanted<'a> {
+    fn from(ck: &'a Checkpoint) -> Wanted<'a> {
+        Wanted { names: &ck.labels, task: ck.task() }
     }
 }
 
-/// Reads labelled data; `names` is the label order of a model, empty for the data's own.
-pub fn read(path: &Path, data: &Data, names: &[String]) -> Result<Dataset> {
-    let set = data::read(path, &options(data, names))?;
+impl<'a> From<&'a Classifier> for Wanted<'a> {
+    fn from(model: &'a Classifier) -> Wanted<'a> {
+        Wanted { names: model.labels(), task: Some(model.task()) }
+    }
+}
+
+impl<'a> From<&'a Dataset> for Wanted<'a> {
+    fn from(set: &'a Dataset) -> Wanted<'a> {
+        Wanted { names: &set.names, task: Some(set.task) }
+    }
+}
+
+/// The settings that say how a file is read, in one line; as it was before there were more than two.
+pub fn columns(data: &Data) -> String {
+    let mut columns = format!("{:?} {:?}", data.text_col, data.label_col);
+    if data.label_separator.is_some() || data.task.is_some() {
+        columns += &format!(" {:?} {:?}", data.label_separator, data.task);
+    }
+    columns
+}
+
+/// Reads labelled data.
+pub fn read(path: &Path, data: &Data, wanted: Wanted) -> Result<Dataset> {
+    let asked = data.task.map(|t| t.problem());
+    if let (Some(asked), Some(task)) = (asked, wanted.task.filter(|t| Some(t.problem) != asked)) {
+        return Err(crate::exit::usage(format!("--task {asked}, but the model's task is {task}")));
+    }
+    let options = ReadOptions {
+        text_col: data.text_col.clone(),
+        label_col: data.label_col.clone(),
+        names: (!wanted.names.is_empty()).then(|| wanted.names.to_vec()),
+        problem: asked.or(wanted.task.map(|t| t.problem)),
+        level: wanted.task.map(|t| t.level),
+        separator: data.label_separator.clone(),
+    };
+    let set = data::read(path, &options)?;
     if set.is_empty() {
         return Err(anyhow!("{}: no row in it; expected a text and a label a row", path.display()));
     }
@@ -77,23 +124,22 @@ pub fn read(path: &Path, data: &Data, names: &[String]) -> Result<Dataset> {
 }
 
 /// Reads and splits the training data.
-pub fn training(data: &Data, names: &[String], seed: u64, ui: &Ui) -> Result<Training> {
+pub fn training(data: &Data, wanted: Wanted, seed: u64, ui: &Ui) -> Result<Training> {
     let path = data.train.as_ref().ok_or_else(|| crate::exit::usage("no training data: give --train FILE"))?;
-    let set = read(path.as_ref(), data, names)?;
+    let set = read(path.as_ref(), data, wanted)?;
     for warning in &set.warnings {
         ui.warn(format!("{path}: {warning}"));
     }
     let bytes = hash_file(path.as_ref())?;
-    let columns = format!("{:?} {:?}", data.text_col, data.label_col);
-    let hash = hash_of(&[&bytes, &data.validation.to_string(), &seed.to_string(), &columns]);
+    let hash = hash_of(&[&bytes, &data.validation.to_string(), &seed.to_string(), &columns(data)]);
     let (train, validation) = data::split(&set, data.validation, seed);
     Ok(Training { train, validation, unlabelled: vec![], hash })
 }
 
 /// Reads the test data, if there is any.
-pub fn test(data: &Data, names: &[String], ui: &Ui) -> Result<Option<Test>> {
+pub fn test(data: &Data, wanted: Wanted, ui: &Ui) -> Result<Option<Test>> {
     let Some(path) = &data.test else { return Ok(None) };
-    let set = read(path.as_ref(), data, names)?;
+    let set = read(path.as_ref(), data, wanted)?;
     for warning in &set.warnings {
         ui.warn(format!("{path}: {warning}"));
     }
@@ -102,10 +148,9 @@ pub fn test(data: &Data, names: &[String], ui: &Ui) -> Result<Option<Test>> {
 
 /// The report's part on the data.
 pub fn facts(training: &Training, test: Option<&Test>) -> Facts {
-    let empty = Dataset { texts: vec![], labels: vec![], names: training.train.names.clone(), warnings: vec![] };
+    let empty = training.train.subset([]);
     let mut all = training.train.clone();
-    all.texts.extend_from_slice(&training.validation.texts);
-    all.labels.extend_from_slice(&training.validation.labels);
+    all.extend(&training.validation);
     let measured = test.map_or(&empty, |t| &t.set);
     Facts {
         train: training.train.len(),

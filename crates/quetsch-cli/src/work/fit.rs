@@ -7,11 +7,12 @@ use crate::exit::{interrupted, usage};
 use crate::settings::{KeepEpoch, Schedule, Training};
 use crate::ui::{self, Ui, duration, percent};
 use anyhow::{Context, Result, anyhow};
-use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
+use quetsch::data::Examples;
 use quetsch::dir::{self, ModelDir};
-use quetsch::metrics::argmax;
+use quetsch::metrics;
 use quetsch::runtime::Model;
+use quetsch::task::Problem;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles};
 use quetsch_train::fit::Progress;
 use quetsch_train::{
@@ -29,17 +30,20 @@ use std::time::Instant;
 /// The training sentences as the model reads them.
 pub struct Encoded {
     /// What is trained on.
-    pub train: Vec<Encoding>,
+    pub train: Examples,
     /// What settings are chosen on.
-    pub validation: Vec<Encoding>,
+    pub validation: Examples,
 }
 
 /// Tokenises the training data.
 pub fn encode(corpus: &Corpus, tokenizer: &TokenizerFiles, max_length: usize, threads: usize) -> Result<Encoded> {
     let tokenizer = Tokenizer::new(tokenizer)?;
-    let mut train = tokenizer.encode_all(&corpus.train.texts, max_length, threads)?;
-    train.extend(tokenizer.encode_all(&corpus.unlabelled, max_length, threads)?);
-    Ok(Encoded { train, validation: tokenizer.encode_all(&corpus.validation.texts, max_length, threads)? })
+    let mut train = Examples::read(&corpus.train, &tokenizer, max_length, threads)?;
+    if !corpus.unlabelled.is_empty() {
+        let open = Examples::read(&corpus.open(), &tokenizer, max_length, threads)?;
+        train.extend_unlabelled(open, corpus.train.task.problem != Problem::SingleLabel);
+    }
+    Ok(Encoded { train, validation: Examples::read(&corpus.validation, &tokenizer, max_length, threads)? })
 }
 
 /// One epoch of a report.
@@ -51,8 +55,9 @@ pub struct Epoch {
     /// The teacher's parts.
     #[serde(flatten)]
     parts: BTreeMap<&'static str, f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    validation_accuracy: Option<f64>,
+    /// `validation_accuracy`, or what the task has in its place.
+    #[serde(flatten)]
+    validation: BTreeMap<String, f64>,
 }
 
 /// What training made.
@@ -77,8 +82,6 @@ pub struct Fit<'a> {
     pub start: &'a Checkpoint,
     /// Goes into the kept epochs' folders.
     pub tokenizer: &'a TokenizerFiles,
-    /// Labels.
-    pub corpus: &'a Corpus,
     /// Tokens.
     pub encoded: &'a Encoded,
     /// What is minimised.
@@ -122,8 +125,7 @@ impl Fit<'_> {
         }
         let mut metrics = Metrics::open(self.state, resume)?;
         ui.note(format!("{}: matrix products in {}", self.name, s.precision.here().name()));
-        let targets = self.corpus.targets();
-        let set = TrainSet { encodings: &self.encoded.train, labels: &targets };
+        let set = TrainSet::from(&self.encoded.train);
         let state = State { dir: &state_dir, every_steps: s.save_every, resume, key: self.key.to_string() };
         let (mut epochs, mut trouble): (Vec<Epoch>, Option<anyhow::Error>) = (vec![], None);
         let mut bar: Option<ui::Bar> = None;
@@ -145,7 +147,7 @@ impl Fit<'_> {
                 }
                 Event::Epoch { epoch, epochs: total, checkpoint, mean } => {
                     self.validate(checkpoint, epoch, &best_dir).and_then(|accuracy| {
-                        let validation = accuracy.map(|a| format!(", validation {}", percent(a)));
+                        let validation = accuracy.map(|score| format!(", validation {}", shown(score)));
                         let line = format!(
                             "{}: epoch {epoch}/{total}  loss {:.4}{}  {}",
                             self.name,
@@ -162,11 +164,15 @@ impl Fit<'_> {
                             loss: mean.total,
                             ce: mean.ce,
                             parts: present(&mean),
-                            validation_accuracy: accuracy,
+                            validation: accuracy
+                                .map(|(name, x)| (format!("validation_{name}"), x))
+                                .into_iter()
+                                .collect(),
                         });
                         (last, enough) = (epoch, self.is_enough(epoch, &best_dir));
-                        let accuracy = accuracy.map(|a| ("validation/accuracy", a));
-                        metrics.events.scalars(at, accuracy.into_iter().chain([("epoch/loss", mean.total)]))
+                        let tag = accuracy.map(|(name, x)| (format!("validation/{name}"), x));
+                        let validation = tag.iter().map(|(tag, x)| (tag.as_str(), *x));
+                        metrics.events.scalars(at, validation.chain([("epoch/loss", mean.total)]))
                     })
                 }
             };
@@ -232,13 +238,17 @@ impl Fit<'_> {
         }
     }
 
-    /// The validation accuracy, and the weights kept if it is the best so far.
-    fn validate(&self, checkpoint: &Checkpoint, epoch: usize, best_dir: &Path) -> Result<Option<f64>> {
+    /// The validation figure, and the weights kept if it is the best so far.
+    fn validate(
+        &self,
+        checkpoint: &Checkpoint,
+        epoch: usize,
+        best_dir: &Path,
+    ) -> Result<Option<(&'static str, f64)>> {
         if self.encoded.validation.is_empty() {
             return Ok(None);
         }
-        let accuracy =
-            accuracy(checkpoint, &self.encoded.validation, &self.corpus.validation.labels, self.threads)?;
+        let (name, accuracy) = score(checkpoint, &self.encoded.validation, self.threads)?;
         let better = read_best(best_dir).is_none_or(|b| accuracy > b.accuracy);
         if self.settings.keep == KeepEpoch::Best && better {
             let folder = quetsch::atomic::Folder::create(best_dir, true)?;
@@ -247,7 +257,7 @@ impl Fit<'_> {
             folder.write("best.json", &serde_json::to_vec(&Best { epoch, accuracy })?)?;
             folder.commit()?;
         }
-        Ok(Some(accuracy))
+        Ok(Some((name, accuracy)))
     }
 
     /// Whether the best epoch lies so far back that more of them are not worth it.
@@ -276,12 +286,16 @@ fn read_best(dir: &Path) -> Option<Best> {
     serde_json::from_slice(&fs::read(dir.join("best.json")).ok()?).ok()
 }
 
-/// The share of sentences whose highest logit is their label.
-pub fn accuracy(ck: &Checkpoint, sentences: &[Encoding], truth: &[u32], threads: usize) -> Result<f64> {
-    let logits = Model::pack(ck).logits(sentences, threads)?;
-    let rows = logits.chunks(ck.spec.head.labels());
-    let right = rows.zip(truth).filter(|(row, truth)| argmax(row) == **truth as usize).count();
-    Ok(right as f64 / truth.len().max(1) as f64)
+/// The figure that models are ranked by, with its name: accuracy, micro-F1 or R2.
+pub fn score(ck: &Checkpoint, examples: &Examples, threads: usize) -> Result<(&'static str, f64)> {
+    let logits = Model::pack(ck).answers(&examples.encodings, &examples.units, threads)?;
+    let problem = ck.task().unwrap_or_default().problem;
+    Ok(metrics::measure(problem, &logits, examples.targets(), &ck.labels).main())
+}
+
+/// That figure for people.
+pub fn shown((name, x): (&'static str, f64)) -> String {
+    if name == "accuracy" { percent(x) } else { format!("{name} {x:.4}") }
 }
 
 /// The parts of a loss beside the cross-entropy: the KL, and what else is there.

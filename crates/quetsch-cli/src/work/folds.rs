@@ -1,6 +1,5 @@
 //! Out-of-fold logits: what a teacher says about sentences that it was not trained on.
 
-use super::corpus::Training as Corpus;
 use super::fit::{Encoded, Fit};
 use super::make::Run;
 use crate::ui::Ui;
@@ -22,6 +21,7 @@ pub const FACTS: &str = "out-of-fold.json";
 struct Facts {
     /// Hash of the training data and its split.
     data: String,
+    /// Sentences, or words that have an answer.
     sentences: usize,
     labels: usize,
 }
@@ -51,7 +51,9 @@ pub fn train(
     }
     let mut order: Vec<usize> = (0..n).collect();
     Rng::new(key(&[seed, 0xf01d])).shuffle(&mut order);
-    let mut logits = vec![0.0; n * labels];
+    let all = &run.encoded.train;
+    let units = all.count();
+    let mut logits = vec![0.0; units * labels];
     for fold in 0..folds {
         let (mut inside, mut outside) = (vec![], vec![]);
         for (i, row) in order.iter().enumerate() {
@@ -61,22 +63,18 @@ pub fn train(
         let state = run.job.state().join(format!("fold-{fold}"));
         let done = state.join("logits.f32");
         let before = std::fs::read(&done).ok().filter(|_| run.job.resume);
-        let found = match before.and_then(|b| from_bytes(&b, outside.len() * labels)) {
+        let left_out = all.subset(outside.iter().copied());
+        let found = match before.and_then(|b| from_bytes(&b, left_out.count() * labels)) {
             Some(found) => found,
             None => {
-                let pick = |rows: &[usize]| rows.iter().map(|i| run.encoded.train[*i].clone()).collect::<Vec<_>>();
-                let corpus = Corpus {
-                    train: run.corpus.train.subset(inside.iter().copied()),
-                    validation: run.corpus.validation.clone(),
-                    unlabelled: vec![],
-                    hash: run.corpus.hash.clone(),
+                let encoded = Encoded {
+                    train: all.subset(inside.iter().copied()),
+                    validation: run.encoded.validation.clone(),
                 };
-                let encoded = Encoded { train: pick(&inside), validation: run.encoded.validation.clone() };
                 let fit = Fit {
                     name: &format!("{} {}/{folds}", run.job.id, fold + 1),
                     start,
                     tokenizer: &run.model.tokenizer,
-                    corpus: &corpus,
                     encoded: &encoded,
                     objective,
                     settings: run.settings,
@@ -88,16 +86,18 @@ pub fn train(
                     resume: run.job.resume,
                 };
                 let trained = fit.run(ui)?;
-                let found = Model::pack(&trained.checkpoint).logits(&pick(&outside), run.job.threads)?;
+                let model = Model::pack(&trained.checkpoint);
+                let found = model.answers(&left_out.encodings, &left_out.units, run.job.threads)?;
                 write_file(&done, &to_bytes(&found))?;
                 found
             }
         };
-        for (row, found) in outside.iter().zip(found.chunks_exact(labels)) {
-            logits[row * labels..(row + 1) * labels].copy_from_slice(found);
+        let rows = outside.iter().flat_map(|row| all.units.range(*row));
+        for (unit, found) in rows.zip(found.chunks_exact(labels)) {
+            logits[unit * labels..(unit + 1) * labels].copy_from_slice(found);
         }
     }
-    let facts = Facts { data: run.corpus.hash.clone(), sentences: n, labels };
+    let facts = Facts { data: run.corpus.hash.clone(), sentences: units, labels };
     Ok(vec![(LOGITS, to_bytes(&logits)), (FACTS, super::pretty(&facts)?)])
 }
 

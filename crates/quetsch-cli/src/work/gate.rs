@@ -6,6 +6,7 @@ use crate::exit::{gate, usage};
 use crate::ui::{mb, percent};
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
+use quetsch::task::{Problem, Task};
 use serde::Serialize;
 use std::fmt;
 use std::str::FromStr;
@@ -23,8 +24,11 @@ pub struct Gate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Figure {
     Accuracy,
+    MicroF1,
     MacroF1,
     Top3,
+    R2,
+    Pearson,
     WorstRecall,
     Flips,
     Agreement,
@@ -59,8 +63,11 @@ enum Limit {
 
 impl Figure {
     /// Every figure with its names, the first one is printed.
-    const ALL: [(Figure, &[&str]); 11] = [
+    const ALL: [(Figure, &[&str]); 14] = [
         (Figure::Accuracy, &["accuracy"]),
+        (Figure::MicroF1, &["micro_f1"]),
+        (Figure::R2, &["r2"]),
+        (Figure::Pearson, &["pearson"]),
         (Figure::MacroF1, &["macro_f1"]),
         (Figure::Top3, &["top_3"]),
         (Figure::WorstRecall, &["worst_recall"]),
@@ -75,7 +82,10 @@ impl Figure {
 
     fn unit(self) -> Unit {
         match self {
-            Figure::Accuracy | Figure::MacroF1 | Figure::Top3 | Figure::WorstRecall => Unit::Share,
+            Figure::Accuracy | Figure::MicroF1 | Figure::MacroF1 | Figure::Top3 | Figure::WorstRecall => {
+                Unit::Share
+            }
+            Figure::R2 | Figure::Pearson => Unit::Share,
             Figure::Flips | Figure::Agreement => Unit::ShareOfParent,
             Figure::Latency | Figure::LatencyP99 => Unit::Milliseconds,
             Figure::Throughput => Unit::PerSecond,
@@ -88,13 +98,29 @@ impl Figure {
         matches!(self, Figure::Latency | Figure::LatencyP99 | Figure::Throughput | Figure::Memory)
     }
 
+    /// Whether it is one of a task's.
+    fn is_of(self, problem: Problem) -> bool {
+        match self {
+            Figure::Accuracy | Figure::MacroF1 | Figure::Top3 | Figure::WorstRecall => {
+                problem != Problem::Regression
+            }
+            Figure::Flips | Figure::Agreement => problem != Problem::Regression,
+            Figure::MicroF1 => problem == Problem::MultiLabel,
+            Figure::R2 | Figure::Pearson => problem == Problem::Regression,
+            Figure::Latency | Figure::LatencyP99 | Figure::Throughput | Figure::Disk | Figure::Memory => true,
+        }
+    }
+
     /// Of a variant, in the figure's unit. What compares with the parent is not there for the first variant.
     fn of(self, v: &Variant) -> Option<f64> {
         let (speed, parent) = (v.speed.as_ref(), v.against_parent.as_ref());
         match self {
-            Figure::Accuracy => Some(v.figures.accuracy),
-            Figure::MacroF1 => Some(v.figures.macro_f1),
-            Figure::Top3 => Some(v.figures.top_3),
+            Figure::Accuracy => Some(v.labels().accuracy),
+            Figure::MicroF1 => v.labels().micro_f1,
+            Figure::MacroF1 => Some(v.labels().macro_f1),
+            Figure::Top3 => Some(v.labels().top_3),
+            Figure::R2 => v.numbers().map(|r| r.r2),
+            Figure::Pearson => v.numbers().map(|r| r.pearson),
             Figure::WorstRecall => v.worst_recall.as_ref().map(|w| w.recall),
             Figure::Flips => parent.map(|a| a.flip_rate),
             Figure::Agreement => parent.map(|a| a.agreement),
@@ -214,6 +240,14 @@ pub fn possible(gates: &[Gate], no_speed: bool) -> Result<()> {
         Some(g) => Err(usage(format!("--gate {g}: needs what --no-speed leaves out"))),
         None => Ok(()),
     }
+}
+
+/// Refuses gates on figures that a task does not have.
+pub fn sensible(gates: &[Gate], task: Task) -> Result<()> {
+    let Some(g) = gates.iter().find(|g| !g.figure.is_of(task.problem)) else { return Ok(()) };
+    let has = Figure::ALL.iter().filter(|(f, _)| f.is_of(task.problem)).map(|(_, names)| names[0]);
+    let has = has.collect::<Vec<_>>().join(", ");
+    Err(usage(format!("--gate {g}: the task is {task}, whose figures are {has}")))
 }
 
 /// Looks at every gate on every model but the first `skip` ones. The first model has no parent, and passes over gates

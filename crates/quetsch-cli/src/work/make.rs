@@ -1,23 +1,25 @@
 //! What each stage makes: checkpoint in, checkpoint out.
 
-use super::corpus::{self, Training as Corpus};
+use super::corpus::{self, Training as Corpus, Wanted};
 use super::fit::{self, Encoded, Fit, Trained};
-use super::teacher::{Inside, soft};
+use super::teacher::{Inside, measure, soft};
 use super::{Job, Made, folds, quantize, thin};
+use crate::exit::usage;
 use crate::recipe::Kind;
 use crate::settings::{self, Data, Distill, Head, MORE_TEACHERS, Train, Training};
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
 use quetsch::atomic::write_file;
-use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
+use quetsch::data::Examples;
 use quetsch::dir::{self, ModelDir};
 use quetsch::head::{HeadKind, with_head};
 use quetsch::prune;
 use quetsch::runtime::Model;
+use quetsch::task::{Level, Problem, Task};
 use quetsch::tokenizer::Tokenizer;
 use quetsch_train::student::{Shape, random_student};
-use quetsch_train::{ClassWeights, Hard, Objective, Qat, Sparsity};
+use quetsch_train::{ClassWeights, Hard, Loss, Objective, Qat, Sparsity};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -43,15 +45,18 @@ pub(super) fn read_model(path: &Path, ui: &Ui) -> Result<ModelDir> {
 fn train(job: &Job, s: &Train, key: &str, ui: &Ui) -> Result<Made> {
     let model = read_model(job.input("model")?, ui)?;
     let corpus = corpus_for(job.data, &model.checkpoint, job.seed, ui)?;
-    let kind = match s.head {
-        Head::Mean => HeadKind::Mean,
-        Head::Pooler => HeadKind::Pooler,
+    let task = corpus.train.task;
+    let kind = match (task.level, s.head) {
+        (Level::Token, _) => HeadKind::Tokens,
+        (Level::Sentence, Head::Mean) => HeadKind::Mean,
+        (Level::Sentence, Head::Pooler) => HeadKind::Pooler,
     };
     let seed = s.training.seed.unwrap_or(job.seed);
     let start = with_head(&model.checkpoint.to_f32(), kind, corpus.train.names.clone(), seed)?;
+    let start = start.with_problem(task.problem);
     let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
-    let weights = class_weights(&s.training, &corpus);
-    let objective = Objective::CrossEntropy(hard(&s.training, &weights));
+    let weights = class_weights(&s.training, &encoded, &corpus)?;
+    let objective = Objective::CrossEntropy(hard(&s.training, &weights, corpus.train.task));
     let run = Run {
         job,
         corpus: &corpus,
@@ -73,11 +78,11 @@ fn train(job: &Job, s: &Train, key: &str, ui: &Ui) -> Result<Made> {
 /// else gets a new head.
 fn corpus_for(data: &Data, model: &Checkpoint, seed: u64, ui: &Ui) -> Result<Corpus> {
     if !model.labels.is_empty()
-        && let Ok(corpus) = corpus::training(data, &model.labels, seed, ui)
+        && let Ok(corpus) = corpus::training(data, model.into(), seed, ui)
     {
         return Ok(corpus);
     }
-    let corpus = corpus::training(data, &[], seed, ui)?;
+    let corpus = corpus::training(data, Wanted::default(), seed, ui)?;
     if !model.labels.is_empty() {
         ui.warn("the model's labels are not those of the data: its head is replaced by a new one");
     }
@@ -103,7 +108,7 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
         None => prune::keep_layers(&teacher.checkpoint.to_f32(), &s.layers)?,
     };
     let inside = Inside::new(&s.kd, &teacher.checkpoint, &start.spec)?;
-    let mut corpus = corpus::training(job.data, &teacher.checkpoint.labels, job.seed, ui)?;
+    let mut corpus = corpus::training(job.data, (&teacher.checkpoint).into(), job.seed, ui)?;
     let labelled = corpus.hash.clone();
     if let Some(path) = &s.unlabelled {
         corpus.add_unlabelled(path.as_ref(), job.data)?;
@@ -115,14 +120,15 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
         Run { job, corpus: &corpus, encoded: &encoded, model: &teacher, settings: &s.training, sparsity, key };
     let mut logits = run.teacher_logits(&teacher.checkpoint, "teacher", ui)?;
     if s.out_of_fold {
-        let (n, labels) = (corpus.train.len(), teacher.checkpoint.labels.len());
+        let (n, labels) = (encoded.train.units.count(corpus.train.len()), teacher.checkpoint.labels.len());
         let found = folds::read(job.input("teacher")?, &labelled, n, labels)?;
         logits[..n * labels].copy_from_slice(&found);
     }
     run.add_teachers(s, &mut logits, ui)?;
-    let weights = class_weights(&s.training, &corpus);
-    let features = inside.as_ref().map(|i| i.features(&encoded.train));
-    let objective = Objective::Distill(hard(&s.training, &weights), soft(&s.kd, &logits, features));
+    let weights = class_weights(&s.training, &encoded, &corpus)?;
+    let features = inside.as_ref().map(|i| i.features(&encoded.train.encodings));
+    let objective =
+        Objective::Distill(hard(&s.training, &weights, corpus.train.task), soft(&s.kd, &logits, features));
     let (trained, report) = run.fit(&start, objective, ui)?;
     Ok(Made { checkpoint: trained.checkpoint, tokenizer: teacher.tokenizer, report, files: trained.files })
 }
@@ -144,17 +150,29 @@ pub(super) fn sparsity(s: &Training) -> Sparsity {
     if s.keep_zeros { Sparsity::Keep } else { Sparsity::Free }
 }
 
-pub(super) fn class_weights(s: &Training, corpus: &Corpus) -> Vec<f32> {
+pub(super) fn class_weights(s: &Training, encoded: &Encoded, corpus: &Corpus) -> Result<Vec<f32>> {
     let how = match s.class_weights {
         settings::ClassWeights::None => ClassWeights::None,
         settings::ClassWeights::Balanced => ClassWeights::Balanced,
         settings::ClassWeights::Sqrt => ClassWeights::Sqrt,
     };
-    how.of(&corpus.train.labels, corpus.train.names.len())
+    let task = corpus.train.task;
+    for (key, set) in [("class-weights", how != ClassWeights::None), ("label-smoothing", s.label_smoothing != 0.0)]
+    {
+        if set && task.problem != Problem::SingleLabel {
+            return Err(usage(format!("`{key}` is for tasks with a single label, this one is {task}")));
+        }
+    }
+    Ok(how.of(&encoded.train.labels, corpus.train.names.len()))
 }
 
-pub(super) fn hard<'a>(s: &Training, class_weights: &'a [f32]) -> Hard<'a> {
-    Hard { label_smoothing: s.label_smoothing as f32, class_weights }
+pub(super) fn hard<'a>(s: &Training, class_weights: &'a [f32], task: Task) -> Hard<'a> {
+    let loss = match task.problem {
+        Problem::SingleLabel => Loss::CrossEntropy,
+        Problem::MultiLabel => Loss::Binary,
+        Problem::Regression => Loss::Distance(measure(s.regression_loss)),
+    };
+    Hard { loss, label_smoothing: s.label_smoothing as f32, class_weights }
 }
 
 /// Teacher and student must read the same ids and mean the same labels.
@@ -169,6 +187,11 @@ pub(super) fn same_language(a: &ModelDir, b: &ModelDir, a_name: &str, b_name: &s
 }
 
 fn same_labels(a: &ModelDir, b: &ModelDir, a_name: &str, b_name: &str) -> Result<()> {
+    if let (Some(x), Some(y)) = (a.checkpoint.task(), b.checkpoint.task())
+        && x != y
+    {
+        bail!("the tasks of {a_name} ({x}) and {b_name} ({y}) differ");
+    }
     let (a, b) = (&a.checkpoint.labels, &b.checkpoint.labels);
     if a != b {
         let at = a.iter().zip(b).position(|(x, y)| x != y).unwrap_or(a.len().min(b.len()));
@@ -208,11 +231,12 @@ impl Run<'_> {
         quant: Option<Qat>,
         ui: &Ui,
     ) -> Result<(Trained, Map<String, Value>)> {
-        let test = corpus::test(self.job.data, &start.labels, ui)?;
+        let test = corpus::test(self.job.data, start.into(), ui)?;
         let facts = corpus::facts(self.corpus, test.as_ref());
         ui.note(format!(
-            "{}: {} training sentences, {} for validation, {} labels, {:.2} M parameters",
+            "{}: {}; {} training sentences, {} for validation, {} labels, {:.2} M parameters",
             self.job.id,
+            self.corpus.train.task,
             facts.train,
             facts.validation,
             facts.labels,
@@ -225,11 +249,11 @@ impl Run<'_> {
             let n = facts.overlap.leaked_into_test;
             ui.warn(format!("{n} test sentences stand in the training data too: the test accuracy flatters"));
         }
+        super::warn_of_lost_words(&self.encoded.train, "training data", ui);
         let fit = Fit {
             name: self.job.id,
             start,
             tokenizer: &self.model.tokenizer,
-            corpus: self.corpus,
             encoded: self.encoded,
             objective,
             settings: self.settings,
@@ -262,7 +286,7 @@ impl Run<'_> {
         let name = corpus::hash_of(&[&model, &self.corpus.hash, &length]);
         let cache = self.job.cache.clone().unwrap_or_else(|| self.job.state().join("cache"));
         let path = cache.join(format!("logits-{}.f32", &name[..16]));
-        let expected = self.encoded.train.len() * teacher.spec.head.labels();
+        let expected = self.encoded.train.count() * teacher.spec.head.labels();
         if let Ok(bytes) = std::fs::read(&path)
             && bytes.len() == 4 * expected
         {
@@ -287,20 +311,25 @@ impl Run<'_> {
             same_labels(self.model, &other, "teacher", role)?;
             let encoded = fit::encode(self.corpus, &other.tokenizer, self.settings.max_length, self.job.threads)?;
             let run = Run { encoded: &encoded, model: &other, ..*self };
+            if encoded.train.count() != self.encoded.train.count() {
+                bail!("{role} reads another number of words than the first teacher: raise max-length");
+            }
             let more = run.teacher_logits(&other.checkpoint, role, ui)?;
             logits.iter_mut().zip(more).for_each(|(x, y)| *x += share(i) * y);
         }
         Ok(())
     }
 
-    /// Logits with a bar.
-    fn by_parts(&self, ck: &Checkpoint, sentences: &[Encoding], what: &str, ui: &Ui) -> Result<Vec<f32>> {
+    /// Logits of all units with a bar.
+    fn by_parts(&self, ck: &Checkpoint, examples: &Examples, what: &str, ui: &Ui) -> Result<Vec<f32>> {
         let model = Model::pack(ck);
-        let mut bar = ui.bar(sentences.len() as u64, format!("{} {what}", self.job.id));
-        let mut logits = Vec::with_capacity(sentences.len() * ck.spec.head.labels());
-        for (i, part) in sentences.chunks(512).enumerate() {
-            bar.at(512 * i as u64, || "sentences read by the teacher".into());
-            logits.extend(model.logits(part, self.job.threads)?);
+        let mut bar = ui.bar(examples.len() as u64, format!("{} {what}", self.job.id));
+        let mut logits = Vec::with_capacity(examples.count() * ck.spec.head.labels());
+        for first in (0..examples.len()).step_by(512) {
+            let part = first..examples.len().min(first + 512);
+            bar.at(first as u64, || "sentences read by the teacher".into());
+            let units = examples.units.subset(part.clone());
+            logits.extend(model.answers(&examples.encodings[part], &units, self.job.threads)?);
             if crate::ui::is_interrupted() {
                 return Err(crate::exit::interrupted(format!("{}: interrupted", self.job.id)));
             }
@@ -308,9 +337,9 @@ impl Run<'_> {
         Ok(logits)
     }
 
-    /// Accuracy on the first training sentences: what a cut destroyed, without looking at the test data.
-    pub fn train_accuracy(&self, ck: &Checkpoint) -> Result<f64> {
+    /// The figure on the first training sentences: what a cut destroyed, without looking at the test data.
+    pub fn train_score(&self, ck: &Checkpoint) -> Result<(&'static str, f64)> {
         let n = self.corpus.train.len().min(1000);
-        fit::accuracy(ck, &self.encoded.train[..n], &self.corpus.train.labels[..n], self.job.threads)
+        fit::score(ck, &self.encoded.train.subset(0..n), self.job.threads)
     }
 }

@@ -26,6 +26,7 @@ use crate::ui::{Ui, duration, mb, percent};
 use anyhow::{Context, Result};
 use provenance::Provenance;
 use quetsch::atomic::{Folder, write_file};
+use quetsch::data::Examples;
 use quetsch::dir::{self, ModelDir};
 use quetsch::metrics;
 use quetsch::runtime::Classifier;
@@ -101,7 +102,11 @@ impl Job<'_> {
         if let Some(file) = self.data.train.as_ref().filter(|_| reads) {
             inputs.insert("train".into(), corpus::hash_file(file.as_ref())?);
             let reading = (&self.data.text_col, &self.data.label_col, self.data.validation, self.seed);
-            inputs.insert("reading".into(), corpus::hash_of(&[&format!("{reading:?}")]));
+            let reading = match (&self.data.label_separator, self.data.task) {
+                (None, None) => format!("{reading:?}"),
+                more => format!("{reading:?} {more:?}"),
+            };
+            inputs.insert("reading".into(), corpus::hash_of(&[&reading]));
         }
         if let Kind::Distill(s) = self.kind {
             if let Some(file) = &s.unlabelled {
@@ -197,13 +202,25 @@ impl Job<'_> {
 
     /// The model's figures on the test data, if there are any.
     pub fn test(&self, model: &ModelDir, ui: &Ui) -> Result<Option<Value>> {
-        let Some(test) = corpus::test(self.data, &model.checkpoint.labels, ui)? else { return Ok(None) };
+        let Some(test) = corpus::test(self.data, (&model.checkpoint).into(), ui)? else { return Ok(None) };
         let classifier = Classifier::new(model, None)?;
-        let logits = classifier.logits(&test.set.texts, self.threads)?;
-        let figures = metrics::evaluate(&logits, &test.set.labels, classifier.labels());
+        let (examples, logits) = classifier.answers(&test.set, self.threads)?;
+        warn_of_lost_words(&examples, "test data", ui);
+        let problem = classifier.task().problem;
+        let figures = metrics::measure(problem, &logits, examples.targets(), classifier.labels());
         let mut figures = serde_json::to_value(&figures)?;
         figures["data"] = json!(test.hash);
         Ok(Some(figures))
+    }
+}
+
+/// Says how many words have no answer.
+pub fn warn_of_lost_words(examples: &Examples, what: &str, ui: &Ui) {
+    if examples.lost_words > 0 {
+        let (lost, all) = (examples.lost_words, examples.lost_words + examples.count());
+        ui.warn(format!(
+            "{what}: {lost} of {all} words stand behind the longest text (max-length) or have no token; they are left out"
+        ));
     }
 }
 
@@ -242,6 +259,11 @@ fn summary(report: &Value) -> String {
     let mut parts = vec![];
     if let Some(accuracy) = report["test"]["accuracy"].as_f64() {
         parts.push(format!("test accuracy {}", percent(accuracy)));
+    }
+    for (key, name) in [("micro_f1", "micro-F1"), ("r2", "R2"), ("mae", "mean absolute error")] {
+        if let Some(x) = report["test"][key].as_f64() {
+            parts.push(format!("test {name} {x:.4}"));
+        }
     }
     if let Some(n) = report["parameters"].as_f64() {
         parts.push(format!("{:.2} M parameters", n / 1e6));

@@ -125,7 +125,9 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
                 let title = s.lang.pick("Quetsch: comparison", "Quetsch:模型对比");
                 write_file(dir.join("report.json"), &pretty(&result)?)?;
                 write_file(dir.join("report.md"), result.markdown(s.lang).as_bytes())?;
-                write_file(dir.join("report.html"), result.html(title, s.lang)?.as_bytes())?;
+                if result.has_page() {
+                    write_file(dir.join("report.html"), result.html(title, s.lang)?.as_bytes())?;
+                }
                 ui.say(format!("{}\n{}\n-> {}", result.table(), result.legend(), dir.display()))?;
                 reports.push(json!({ "id": stage.id, "stage": "compare", "comparison": result }));
                 comparison = Some(result);
@@ -176,15 +178,18 @@ fn validation(recipe: &Recipe, models: &[(String, PathBuf)], ui: &Ui) -> Result<
     else {
         return Ok(None);
     };
-    let labels = quetsch::dir::read_checkpoint(first)?.labels;
-    Ok(Some(corpus::training(&recipe.data, &labels, recipe.seed, ui)?.validation))
+    let model = quetsch::dir::read_checkpoint(first)?;
+    Ok(Some(corpus::training(&recipe.data, (&model).into(), recipe.seed, ui)?.validation))
 }
 
 fn eval(job: &Job, ui: &Ui) -> Result<Value> {
     let model = quetsch::dir::read(job.input("model")?)?;
     let test = job.test(&model, ui)?.ok_or_else(|| usage("no test data: set data.test"))?;
-    let accuracy = test["accuracy"].as_f64().unwrap_or(f64::NAN);
-    ui.say(format!("{}: test accuracy {}", job.id, crate::ui::percent(accuracy)))?;
+    let figures = [("micro_f1", "micro-F1"), ("accuracy", "accuracy"), ("r2", "R2")];
+    let main = figures.iter().find_map(|(key, name)| Some((*name, test[key].as_f64()?)));
+    let (name, x) = main.unwrap_or(("R2", f64::NAN));
+    let shown = if name == "accuracy" { crate::ui::percent(x) } else { format!("{x:.4}") };
+    ui.say(format!("{}: test {name} {shown}", job.id))?;
     std::fs::create_dir_all(&job.out).with_context(|| format!("cannot make {}", job.out.display()))?;
     let report = json!({ "id": job.id, "stage": "eval", "test": test });
     write_file(job.out.join(super::REPORT), &pretty(&report)?)?;

@@ -1,6 +1,6 @@
 //! Stage quantize: which tensor gets which scheme, calibration, and how much every linear minds.
 
-use super::corpus::{self, Training as Corpus};
+use super::corpus;
 use super::fit::Trained;
 use super::make::Run;
 use super::teacher::{Inside, soft};
@@ -11,13 +11,15 @@ use crate::ui::{Ui, percent};
 use anyhow::Result;
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
+use quetsch::data::Examples;
 use quetsch::dir::ModelDir;
 use quetsch::metrics;
 use quetsch::quant::calibrate::{self, Seen};
 use quetsch::quant::{self, Compute, Scheme};
 use quetsch::runtime::Model;
 use quetsch::spec::{Lin, ModelSpec, Role, Tensor};
-use quetsch_train::{Hard, Objective, Qat, Sparsity};
+use quetsch::task::{Level, Problem};
+use quetsch_train::{Objective, Qat, Sparsity};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -61,11 +63,13 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
     let mut ranges = BTreeMap::new();
     let mut trained = None;
     if s.needs_data() {
-        let corpus = corpus::training(job.data, &source.labels, job.seed, ui)?;
+        let corpus = corpus::training(job.data, (&source).into(), job.seed, ui)?;
         let length = source.max_length.unwrap_or(256).min(source.spec.longest());
         let encoded = fit::encode(&corpus, &model.tokenizer, length, job.threads)?;
-        let rows = calibrate::choose(&corpus.train.labels, &encoded.train, s.calibration);
-        let sample: Vec<Encoding> = rows.iter().map(|r| encoded.train[*r].clone()).collect();
+        // Labels of words are not labels of rows.
+        let labels = if corpus.train.task.level == Level::Sentence { &corpus.train.labels[..] } else { &[] };
+        let rows = calibrate::choose(labels, &encoded.train.encodings, s.calibration);
+        let sample: Vec<Encoding> = rows.iter().map(|r| encoded.train.encodings[*r].clone()).collect();
         let mut seen = calibrate::observe(&source, &sample)?;
         if s.equalise {
             source = calibrate::equalise(&source, &seen)?;
@@ -84,8 +88,14 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
         let facts = json!({ "observer": s.observer, "sentences": rows.len(), "rows": rows, "inputs": sites });
         report.insert("calibration".into(), facts);
         if s.keep.iter().any(|k| k == "auto") {
-            let trial = Trial { job, source: &source, rules: &rules, ranges: &ranges, corpus: &corpus };
-            let found = trial.sensitivity(&encoded.validation, &keep, s.budget, ui)?;
+            if corpus.train.task.problem == Problem::Regression {
+                return Err(usage(
+                    "`keep = auto` measures accuracy, which numbers do not have: name the sites to keep",
+                ));
+            }
+            let trial =
+                Trial { job, source: &source, rules: &rules, ranges: &ranges, validation: &encoded.validation };
+            let found = trial.sensitivity(&keep, s.budget, ui)?;
             keep.extend(found.kept.iter().cloned());
             report.insert("sensitivity".into(), serde_json::to_value(&found)?);
         }
@@ -139,12 +149,12 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
 /// Quantisation-aware training: learns from a teacher or, without one, from the float model itself.
 fn train(run: &Run, s: &Quantize, qat: Qat, ui: &Ui) -> Result<(Trained, Map<String, Value>)> {
     let (job, start) = (run.job, run.model.checkpoint.to_f32());
+    let validation = &run.encoded.validation;
     let validated = |ck: &Checkpoint| -> Result<Option<f64>> {
-        let (sentences, truth) = (&run.encoded.validation, &run.corpus.validation.labels);
-        if sentences.is_empty() {
-            return Ok(None);
+        match validation.encodings.is_empty() {
+            true => Ok(None),
+            false => Ok(Some(round(fit::score(ck, validation, job.threads)?.1, 5))),
         }
-        Ok(Some(round(fit::accuracy(ck, sentences, truth, job.threads)?, 5)))
     };
     let before = validated(&quant::quantise_calibrated(&start, &qat.rules, &qat.keep, &qat.ranges)?)?;
     let teacher = match job.inputs.get("teacher") {
@@ -158,12 +168,14 @@ fn train(run: &Run, s: &Quantize, qat: Qat, ui: &Ui) -> Result<(Trained, Map<Str
     let (teacher, role) = teacher.as_ref().map_or((&run.model.checkpoint, "model"), |t| (t, "teacher"));
     let logits = run.teacher_logits(teacher, role, ui)?;
     let inside = Inside::new(&s.kd, teacher, &start.spec)?;
-    let features = inside.as_ref().map(|i| i.features(&run.encoded.train));
-    let objective = Objective::Distill(Hard::default(), soft(&s.kd, &logits, features));
+    let features = inside.as_ref().map(|i| i.features(&run.encoded.train.encodings));
+    let weights = make::class_weights(run.settings, run.encoded, run.corpus)?;
+    let hard = make::hard(run.settings, &weights, run.corpus.train.task);
+    let objective = Objective::Distill(hard, soft(&s.kd, &logits, features));
     let (trained, mut report) = run.fit_quantised(&start, objective, Some(qat), ui)?;
     if let Some(before) = before {
         let after = validated(&trained.checkpoint)?;
-        report.insert("validation_accuracy".into(), json!({ "quantised": before, "trained": after }));
+        report.insert("validation_score".into(), json!({ "quantised": before, "trained": after }));
     }
     Ok((trained, report))
 }
@@ -212,18 +224,21 @@ struct Trial<'a> {
     source: &'a Checkpoint,
     rules: &'a [(String, Scheme)],
     ranges: &'a BTreeMap<Lin, f32>,
-    corpus: &'a Corpus,
+    validation: &'a Examples,
 }
 
 impl Trial<'_> {
-    fn sensitivity(&self, validation: &[Encoding], keep: &[String], budget: f64, ui: &Ui) -> Result<Found> {
+    fn sensitivity(&self, keep: &[String], budget: f64, ui: &Ui) -> Result<Found> {
+        let validation = self.validation;
         if validation.is_empty() {
             return Err(usage("`keep = auto` measures on validation data: set one aside with --validation 0.1"));
         }
-        let parent = Model::pack(self.source).logits(validation, self.job.threads)?;
+        let answers =
+            |ck: &Checkpoint| Model::pack(ck).answers(&validation.encodings, &validation.units, self.job.threads);
+        let parent = answers(self.source)?;
         let measure = |keep: &[String]| -> Result<Drop> {
             let child = quant::quantise_calibrated(self.source, self.rules, keep, self.ranges)?;
-            let child = Model::pack(&child).logits(validation, self.job.threads)?;
+            let child = answers(&child)?;
             if crate::ui::is_interrupted() {
                 return Err(crate::exit::interrupted(format!("{}: interrupted", self.job.id)));
             }
@@ -280,10 +295,12 @@ impl Trial<'_> {
     }
 
     fn drop(&self, parent: &[f32], child: &[f32]) -> Drop {
-        let truth = &self.corpus.validation.labels;
-        let figures = metrics::evaluate(child, truth, &self.source.labels);
-        let against = metrics::agreement(parent, child, truth, self.source.labels.len());
-        let (loss, accuracy) = (round(figures.loss, 5), round(figures.accuracy, 5));
-        Drop { loss, accuracy, kl: against.mean_kl, flips: against.flips }
+        let (targets, labels) = (self.validation.targets(), &self.source.labels);
+        let problem = self.source.task().unwrap_or_default().problem;
+        let figures = metrics::measure(problem, child, targets, labels);
+        let (loss, accuracy) = figures.labels().map_or((f64::NAN, f64::NAN), |m| (m.loss, m.accuracy));
+        let against = metrics::agree(problem, parent, child, targets, labels.len());
+        let (kl, flips) = against.map_or((f64::NAN, 0), |a| (a.mean_kl, a.flips));
+        Drop { loss: round(loss, 5), accuracy: round(accuracy, 5), kl, flips }
     }
 }

@@ -68,11 +68,12 @@ pub fn soft<'a>(s: &Kd, logits: &'a [f32], features: Option<Features<'a>>) -> So
         logits,
         logits_weight: s.logits as f32,
         logits_loss: measure(s.logits_loss),
+        differences: s.differences as f32,
         features,
     }
 }
 
-fn measure(m: settings::Measure) -> Measure {
+pub fn measure(m: settings::Measure) -> Measure {
     match m {
         settings::Measure::Mse => Measure::Mse,
         settings::Measure::L1 => Measure::L1,

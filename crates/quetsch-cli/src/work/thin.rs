@@ -6,7 +6,7 @@ use super::make::{Run, class_weights, hard, read_model, same_language, sparsity}
 use super::teacher::{Inside, soft};
 use super::{Job, Made, round};
 use crate::settings::{self, Prune, Score, SparsitySchedule, Tune, Vocab};
-use crate::ui::{Ui, percent};
+use crate::ui::Ui;
 use crate::values::{Amount, Place};
 use anyhow::{Context, Result, bail};
 use quetsch::batch::Encoding;
@@ -39,7 +39,7 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
             files: vec![("plan.json", super::pretty(&plan)?)],
         });
     }
-    let corpus = corpus::training(job.data, &parent.labels, job.seed, ui)?;
+    let corpus = corpus::training(job.data, (&parent).into(), job.seed, ui)?;
     let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
     let run = Run {
         job,
@@ -60,8 +60,8 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     };
     let (teacher, role) = teacher.as_ref().map_or((&model.checkpoint, "model"), |t| (t, "teacher"));
     let logits = if recovers { run.teacher_logits(teacher, role, ui)? } else { vec![] };
-    let weights = class_weights(&s.training, &corpus);
-    let hard = hard(&s.training, &weights);
+    let weights = class_weights(&s.training, &encoded, &corpus)?;
+    let hard = hard(&s.training, &weights, corpus.train.task);
     let objective = |features| match recovers {
         true => Objective::Distill(hard, soft(&s.kd, &logits, features)),
         false => Objective::CrossEntropy(hard),
@@ -78,7 +78,7 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
             _ => (prune::Tune::Mask, "a factor for every head and channel"),
         };
         ui.note(format!("{}: fitting {what} by least squares", job.id));
-        cut = prune::tune(&parent, &cut, &plan, &sample_of(s, &encoded.train), how, job.threads)?;
+        cut = prune::tune(&parent, &cut, &plan, &sample_of(s, &encoded.train.encodings), how, job.threads)?;
     }
     let cut = thinned(s, cut)?;
     let (small, small_encoded);
@@ -95,28 +95,27 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
             (small.checkpoint.clone(), Run { encoded: &small_encoded, model: &small, ..run })
         }
     };
-    let after_cut = run.train_accuracy(&cut)?;
+    let (figure, after_cut) = run.train_score(&cut)?;
     ui.note(format!(
-        "{}: after the cut, before any recovery: {} of a training sample right",
+        "{}: after the cut, before any recovery, on a training sample: {}",
         job.id,
-        percent(after_cut)
+        fit::shown((figure, after_cut))
     ));
     let (checkpoint, mut report, mut files) = match recovers {
         false => (cut, Map::new(), vec![]),
         true => {
             let inside = Inside::new(&s.kd, teacher, &cut.spec)?;
-            let features = inside.as_ref().map(|i| i.features(&encoded.train));
+            let features = inside.as_ref().map(|i| i.features(&encoded.train.encodings));
             let (trained, report) = run.fit(&cut, objective(features), ui)?;
             (trained.checkpoint, report, trained.files)
         }
     };
     report.insert("plan".into(), json!(plan.to_string()));
-    report.insert("train_accuracy_after_cut".into(), json!(round(after_cut, 4)));
+    report.insert(format!("train_{figure}_after_cut"), json!(round(after_cut, 4)));
     if !run.encoded.validation.is_empty() {
-        let labels = &run.corpus.validation.labels;
-        let accuracy = fit::accuracy(&checkpoint, &run.encoded.validation, labels, job.threads)?;
-        report.insert("validation_accuracy".into(), json!(round(accuracy, 4)));
-        ui.note(format!("{}: validation accuracy {}", job.id, percent(accuracy)));
+        let (figure, x) = fit::score(&checkpoint, &run.encoded.validation, job.threads)?;
+        report.insert(format!("validation_{figure}"), json!(round(x, 4)));
+        ui.note(format!("{}: validation: {}", job.id, fit::shown((figure, x))));
     }
     report.insert("vocabulary".into(), json!(checkpoint.spec.vocab));
     files.push(("plan.json", super::pretty(&plan)?));
@@ -192,7 +191,7 @@ impl Thinning<'_> {
             Score::Fisher => Criterion::Fisher,
             Score::Activation if needs_scores(s) => {
                 ui.note(format!("{id}: scoring by activations over {} batches", s.score_batches));
-                let sample = sample_of(s, &self.run.encoded.train);
+                let sample = sample_of(s, &self.run.encoded.train.encodings);
                 return plan(s, parent, prune::activation(parent, &sample, self.run.job.threads)?);
             }
             _ => return plan(s, parent, by_weight(s.score, parent)),
@@ -201,7 +200,7 @@ impl Thinning<'_> {
             return plan(s, parent, Scores::default());
         }
         ui.note(format!("{id}: scoring by gradients over {} batches", s.score_batches));
-        let set = TrainSet { encodings: &self.run.encoded.train, labels: &self.run.corpus.train.labels };
+        let set = TrainSet::from(&self.run.encoded.train);
         let sample = Sample {
             batch_size: s.training.batch_size,
             batches: s.score_batches,
@@ -222,7 +221,7 @@ impl Thinning<'_> {
         let (s, spec) = (self.s, &self.parent.spec);
         let (costs, share) = match (s.keep_macs, s.keep_parameters) {
             (Some(share), _) => {
-                let lengths: Vec<usize> = self.run.encoded.train.iter().map(|e| e.ids.len()).collect();
+                let lengths: Vec<usize> = self.run.encoded.train.encodings.iter().map(|e| e.ids.len()).collect();
                 (Costs::macs(spec, &lengths)?, share)
             }
             (None, share) => (Costs::parameters(spec), share.unwrap_or(1.0)),

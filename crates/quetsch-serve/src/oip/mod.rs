@@ -9,7 +9,7 @@ use crate::engine::{Overlong, Sequence, Served};
 use crate::http::App;
 use crate::refusal::Refusal;
 use quetsch::batch::Encoding;
-use quetsch::metrics::{softmax, top_k};
+use quetsch::metrics::top_k;
 use quetsch::tokenizer::Cut;
 use std::sync::Arc;
 use tensor::{Data, Tensor, Values};
@@ -81,7 +81,7 @@ async fn infer(app: &App, model: &Arc<Served>, request: Infer) -> Result<Vec<Out
     let (mut labels, mut scores) = (vec![], vec![]);
     for row in &answers.logits {
         let mut probabilities = row.clone();
-        softmax(&mut probabilities);
+        model.classifier.task().problem.scores(&mut probabilities);
         for i in top_k(row, k) {
             labels.push(names[i].clone());
             scores.push(probabilities[i]);

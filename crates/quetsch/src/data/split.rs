@@ -7,13 +7,14 @@ use serde::Serialize;
 
 use super::Dataset;
 use crate::rng;
+use crate::task::{Level, Problem, Task};
 
 /// Two texts are the same when they differ in case and white space only.
 fn normalised(text: &str) -> String {
     text.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" ")
 }
 
-/// Splits into (train, validation), stratified: each label gives its share, rounded, to validation, but never its last
+/// Splits into (train, validation), stratified where each text has one class: each label gives its share, rounded, to validation, but never its last
 /// text, because a label never trained on cannot be validated.
 ///
 /// Texts of a label stand in the order of a hash of the seed and the normalised text, and the first ones validate. The
@@ -28,10 +29,12 @@ pub fn split(set: &Dataset, fraction: f64, seed: u64) -> (Dataset, Dataset) {
     };
     let places: Vec<u64> = set.texts.iter().map(place).collect();
     let mut seen = HashSet::new();
-    let mut by_label: Vec<Vec<u64>> = vec![vec![]; set.names.len()];
-    for (&place, &label) in places.iter().zip(&set.labels) {
+    // Rows of words, several labels or numbers have no one class to spread by.
+    let classes = matches!(set.task, Task { problem: Problem::SingleLabel, level: Level::Sentence });
+    let mut by_label: Vec<Vec<u64>> = vec![vec![]; if classes { set.names.len() } else { 1 }];
+    for (i, &place) in places.iter().enumerate() {
         if seen.insert(place) {
-            by_label[label as usize].push(place);
+            by_label[if classes { set.labels[i] as usize } else { 0 }].push(place);
         }
     }
     let mut validates: HashSet<u64> = HashSet::new();
@@ -72,18 +75,18 @@ impl fmt::Display for Overlap {
 /// Counts repeated texts in and between a training and a test file.
 pub fn overlap(train: &Dataset, test: &Dataset) -> Overlap {
     let mut overlap = Overlap::default();
-    let mut labels_of: HashMap<String, HashSet<&str>> = HashMap::new();
-    for (text, &label) in train.texts.iter().zip(&train.labels) {
+    let mut labels_of: HashMap<String, HashSet<String>> = HashMap::new();
+    for (text, truth) in train.texts.iter().zip(train.truths()) {
         let labels = labels_of.entry(normalised(text)).or_default();
         overlap.duplicates_in_train += usize::from(!labels.is_empty());
-        labels.insert(&train.names[label as usize]);
+        labels.insert(truth);
     }
     let in_train: HashSet<String> = labels_of.keys().cloned().collect();
     let mut in_test = HashSet::new();
-    for (text, &label) in test.texts.iter().zip(&test.labels) {
+    for (text, truth) in test.texts.iter().zip(test.truths()) {
         let text = normalised(text);
         overlap.leaked_into_test += usize::from(in_train.contains(&text));
-        labels_of.entry(text.clone()).or_default().insert(&test.names[label as usize]);
+        labels_of.entry(text.clone()).or_default().insert(truth);
         overlap.duplicates_in_test += usize::from(!in_test.insert(text));
     }
     overlap.conflicting_labels = labels_of.values().filter(|labels| labels.len() > 1).count();

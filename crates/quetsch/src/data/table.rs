@@ -83,7 +83,7 @@ impl Blocks {
             let content = utf8(&self.path, &pending[bom..whole], self.line, self.byte + bom)?;
             let (rows, used) = match self.kind {
                 Kind::Lines => {
-                    let row = |(line, text): (usize, &str)| Row { line, cells: vec![Ok(text.to_string())] };
+                    let row = |(line, text): (usize, &str)| Row { line, cells: vec![Cell::Text(text.to_string())] };
                     ((self.line..).zip(content.lines()).map(row).collect(), content.len())
                 }
                 Kind::Delimited(_) => self.delimited(content)?,
@@ -175,7 +175,7 @@ impl Blocks {
                 );
                 return Err(Error::file(&self.path, message));
             }
-            rows.push(Row { line, cells: record.iter().map(|cell| Ok(cell.to_string())).collect() });
+            rows.push(Row { line, cells: record.iter().map(|cell| Cell::Text(cell.to_string())).collect() });
         }
         if self.ended && any {
             unclosed_quote(&self.path, &content[last..], delimiter, line)?;
@@ -194,13 +194,13 @@ impl Blocks {
                 self.columns = object.keys().cloned().collect();
             }
             let cells = self.columns.iter().map(|key| match object.remove(key) {
-                Some(Value::String(text)) => Ok(text),
-                Some(Value::Number(number)) => Ok(number.to_string()),
-                Some(Value::Bool(truth)) => Ok(truth.to_string()),
-                Some(Value::Null) => Err("null"),
-                Some(Value::Array(_)) => Err("a list"),
-                Some(Value::Object(_)) => Err("an object"),
-                None => Err("missing"),
+                Some(Value::String(text)) => Cell::Text(text),
+                Some(Value::Number(number)) => Cell::Text(number.to_string()),
+                Some(Value::Bool(truth)) => Cell::Text(truth.to_string()),
+                Some(Value::Array(list)) => Cell::List(list),
+                Some(Value::Null) => Cell::Not("null"),
+                Some(Value::Object(_)) => Cell::Not("an object"),
+                None => Cell::Not("missing"),
             });
             rows.push(Row { line, cells: cells.collect() });
         }
@@ -219,11 +219,29 @@ pub(super) struct Table {
 pub(super) struct Row {
     /// Where it starts in the file, counted from 1.
     pub(super) line: usize,
-    cells: Vec<Cell>,
+    pub(super) cells: Vec<Cell>,
 }
 
-/// A value, or what stands in its place.
-type Cell = std::result::Result<String, &'static str>;
+/// What stands in a row's column.
+pub(super) enum Cell {
+    /// A string, or a number or a truth value as it is written.
+    Text(String),
+    /// Of JSON.
+    List(Vec<Value>),
+    /// Something else.
+    Not(&'static str),
+}
+
+impl Cell {
+    /// In words.
+    pub(super) fn what(&self) -> &'static str {
+        match self {
+            Cell::Text(_) => "a string or a number",
+            Cell::List(_) => "a list",
+            Cell::Not(found) => found,
+        }
+    }
+}
 
 impl Table {
     /// Reads a file of a kind that its extension tells; at least one row.
@@ -236,12 +254,20 @@ impl Table {
         Ok(all)
     }
 
+    /// The column of a name; upper and lower case are the same if it is not there as written.
+    fn position(&self, name: &str) -> Option<usize> {
+        let exact = self.columns.iter().position(|column| column == name);
+        exact.or_else(|| self.columns.iter().position(|column| column.to_lowercase() == name.to_lowercase()))
+    }
+
+    /// The first column of these names.
+    pub(super) fn first_of(&self, names: &[&str]) -> Option<usize> {
+        names.iter().find_map(|name| self.position(name))
+    }
+
     /// The column called `wanted`, or without it the first of the `usual` names that the file has.
     pub(super) fn column(&self, wanted: Option<&str>, usual: &[&str], what: &str) -> Result<usize> {
-        let position = |name: &str| {
-            let exact = self.columns.iter().position(|column| column == name);
-            exact.or_else(|| self.columns.iter().position(|column| column.to_lowercase() == name.to_lowercase()))
-        };
+        let position = |name: &str| self.position(name);
         let found = match wanted {
             Some(name) => position(name),
             None => usual.iter().find_map(|name| position(name)),
@@ -264,11 +290,37 @@ impl Table {
     /// The values of one column.
     pub(super) fn texts(&self, column: usize) -> Result<Vec<String>> {
         let value = |row: &Row| {
-            row.cells[column].clone().map_err(|found| {
-                let name = &self.columns[column];
-                let message = format!("line {}: `{name}` is {found}; expected a string or a number", row.line);
-                Error::file(&self.path, message)
-            })
+            match &row.cells[column] {
+                Cell::Text(text) => Ok(text.clone()),
+                other => {
+                    // Lines of text have no name, and are text.
+                    let (name, found) = (&self.columns[column], other.what());
+                    let message = format!("line {}: `{name}` is {found}; expected a string or a number", row.line);
+                    Err(Error::file(&self.path, message))
+                }
+            }
+        };
+        self.rows.iter().map(value).collect()
+    }
+
+    /// The lists of words of one column.
+    pub(super) fn words(&self, column: usize) -> Result<Vec<Vec<String>>> {
+        let value = |row: &Row| {
+            let name = &self.columns[column];
+            let bad = |found: &str| {
+                let message = format!("line {}: `{name}` is {found}; expected a list of words", row.line);
+                Err(Error::file(&self.path, message))
+            };
+            let Cell::List(list) = &row.cells[column] else { return bad(row.cells[column].what()) };
+            let word = |word: &Value| match word {
+                Value::String(word) => Some(word.clone()),
+                Value::Number(number) => Some(number.to_string()),
+                _ => None,
+            };
+            match list.iter().map(word).collect() {
+                Some(words) => Ok(words),
+                None => bad("a list with something else than strings"),
+            }
         };
         self.rows.iter().map(value).collect()
     }

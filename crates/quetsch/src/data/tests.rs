@@ -15,7 +15,7 @@ fn read_as(name: &str, content: &[u8], categories: Option<&str>, options: &ReadO
 }
 
 fn columns(text: &str, label: &str) -> ReadOptions {
-    ReadOptions { text_col: Some(text.into()), label_col: Some(label.into()), names: None }
+    ReadOptions { text_col: Some(text.into()), label_col: Some(label.into()), ..ReadOptions::default() }
 }
 
 fn names(names: &[&str]) -> ReadOptions {
@@ -237,7 +237,8 @@ fn long_files_are_read_block_by_block() {
 
 fn set(rows: &[(&str, u32)], n_labels: usize) -> Dataset {
     let (texts, labels) = rows.iter().map(|(text, label)| (text.to_string(), *label)).unzip();
-    Dataset { texts, labels, names: (0..n_labels).map(|i| format!("LABEL_{i}")).collect(), warnings: Vec::new() }
+    let names = (0..n_labels).map(|i| format!("LABEL_{i}")).collect();
+    Dataset { texts, labels, names, ..Dataset::default() }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::cost::CostOps;
 use crate::error::{Error, Result};
 use crate::ops::{Hook, Inspect, With, forward};
 use crate::runtime::{CpuOps, Model, Workspace};
-use crate::spec::{Activation, At, HeadSpec, Lin, Tensor};
+use crate::spec::{Activation, At, Lin, Tensor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
@@ -249,7 +249,7 @@ pub fn equalise(ck: &Checkpoint, seen: &BTreeMap<Lin, Seen>) -> Result<Checkpoin
     let layers = 0..spec.layers.len();
     let mut pairs: Vec<(Lin, Lin)> = layers.clone().map(|l| (Lin::Value(l), Lin::Out(l))).collect();
     pairs.extend(layers.filter(|_| relu).map(|l| (Lin::Up(l), Lin::Down(l))));
-    if spec.head != HeadSpec::None && spec.head_flow().is_some_and(|f| f.activation == Activation::Relu) {
+    if spec.head_flow().is_some_and(|f| f.activation == Activation::Relu) {
         pairs.push((Lin::HeadDense, Lin::Classifier));
     }
     let mut out = ck.clone();

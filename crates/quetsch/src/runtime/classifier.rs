@@ -2,9 +2,11 @@
 
 use super::{Model, Session};
 use crate::batch::Encoding;
+use crate::data::{Dataset, Examples};
 use crate::dir::{self, Source};
 use crate::error::{Error, Result};
 use crate::spec::ModelSpec;
+use crate::task::{Level, Task};
 use crate::tokenizer::Tokenizer;
 use std::path::Path;
 
@@ -13,6 +15,7 @@ pub struct Classifier {
     model: Model,
     tokenizer: Tokenizer,
     labels: Vec<String>,
+    task: Task,
     max_length: usize,
 }
 
@@ -25,7 +28,7 @@ impl Classifier {
     pub fn load(path: &Path, max_length: Option<usize>) -> Result<Classifier> {
         let source = Source::open(path)?;
         let (spec, labels) = (source.spec().clone(), source.labels().to_vec());
-        let max_length = max_length.or(source.max_length());
+        let (task, max_length) = (source.task().unwrap_or_default(), max_length.or(source.max_length()));
         has_head(&spec).map_err(|e| Error::file(path, e.to_string()))?;
         // Half of the time until the first answer is the tokeniser's.
         let (model, tokenizer) = std::thread::scope(|scope| {
@@ -34,7 +37,7 @@ impl Classifier {
             (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         });
         let (model, tokenizer) = (model?, tokenizer.map_err(|e| Error::file(path, e.to_string()))?);
-        Ok(Classifier::assemble(model, tokenizer, labels, max_length))
+        Ok(Classifier::assemble(model, tokenizer, labels, task, max_length))
     }
 
     /// As [`Classifier::load`], from a directory that is in memory.
@@ -45,12 +48,24 @@ impl Classifier {
         let ck = &dir.checkpoint;
         has_head(&ck.spec)?;
         let tokenizer = Tokenizer::new(&dir.tokenizer)?;
-        Ok(Classifier::assemble(Model::pack(ck), tokenizer, ck.labels.clone(), max_length.or(ck.max_length)))
+        let (task, max_length) = (ck.task().unwrap_or_default(), max_length.or(ck.max_length));
+        Ok(Classifier::assemble(Model::pack(ck), tokenizer, ck.labels.clone(), task, max_length))
     }
 
-    fn assemble(model: Model, tokenizer: Tokenizer, labels: Vec<String>, max_length: Option<usize>) -> Classifier {
+    fn assemble(
+        model: Model,
+        tokenizer: Tokenizer,
+        labels: Vec<String>,
+        task: Task,
+        max_length: Option<usize>,
+    ) -> Classifier {
         let max_length = max_length.unwrap_or(256).min(model.spec().longest());
-        Classifier { model, tokenizer, labels, max_length }
+        Classifier { model, tokenizer, labels, task, max_length }
+    }
+
+    /// What it is asked.
+    pub fn task(&self) -> Task {
+        self.task
     }
 
     /// Label names by class index.
@@ -82,6 +97,7 @@ impl Classifier {
     }
 
     /// Logits `[texts, labels]`, by a session for this one call: [`Classifier::logits_in`] keeps threads and buffers.
+    /// `[tokens, labels]` of a model that answers for words, see [`Classifier::words`].
     ///
     /// # Errors
     /// A tokeniser that cannot encode, or ids that the model does not have.
@@ -95,6 +111,37 @@ impl Classifier {
     /// As [`Classifier::logits`].
     pub fn logits_in<T: AsRef<str> + Sync>(&self, session: &Session, texts: &[T]) -> Result<Vec<f32>> {
         session.logits(&self.model, &self.encode(texts, session.threads())?)
+    }
+
+    /// A labelled set as this model reads it, and the logits `[units, labels]` on it.
+    ///
+    /// # Errors
+    /// As [`Classifier::logits`], but for the words.
+    pub fn answers(&self, set: &Dataset, threads: usize) -> Result<(Examples, Vec<f32>)> {
+        let examples = Examples::read(set, &self.tokenizer, self.max_length, threads)?;
+        let logits = self.model.answers(&examples.encodings, &examples.units, threads)?;
+        Ok((examples, logits))
+    }
+
+    /// Logits `[labels]` of each word of each sentence; none for words that are cut off or have no token.
+    ///
+    /// # Errors
+    /// As [`Classifier::logits`], or a model that answers for sentences.
+    pub fn words(&self, sentences: &[Vec<String>], threads: usize) -> Result<Vec<Vec<Option<Vec<f32>>>>> {
+        if self.task.level == Level::Sentence {
+            return Err(Error::invalid("this model answers for texts, not for their words"));
+        }
+        let read = self.tokenizer.encode_words_all(sentences, self.max_length, threads)?;
+        let (encodings, places): (Vec<_>, Vec<_>) = read.into_iter().unzip();
+        let output = self.model.logits(&encodings, threads)?;
+        let (width, mut start) = (self.labels.len(), 0);
+        let mut answers = vec![];
+        for (encoding, places) in encodings.iter().zip(places) {
+            let row = |place: u32| output[(start + place as usize) * width..][..width].to_vec();
+            answers.push(places.into_iter().map(|place| place.map(row)).collect());
+            start += encoding.ids.len();
+        }
+        Ok(answers)
     }
 }
 

@@ -50,7 +50,7 @@ impl Session {
         }
     }
 
-    /// Logits `[sentences, labels]` in the order given. Sentences are packed into chunks of about `CHUNK` tokens that
+    /// Logits `[sentences, labels]`, or `[tokens, labels]` of a head on tokens, in the order given. Sentences are packed into chunks of about `CHUNK` tokens that
     /// the threads take one after the other; with fewer chunks than threads, all threads work on each. An answer
     /// depends neither on who shares its chunk nor on the number of threads.
     ///

@@ -86,6 +86,11 @@ pub fn trace(ck: &Checkpoint, batch: &Batch, masks: &Masks) -> Trace {
 
     let (labels, f) = match spec.head {
         HeadSpec::None => return taps,
+        HeadSpec::Tokens { labels } => {
+            let y = linear(ck, Lin::Classifier, &x, tokens);
+            tap(&mut taps, masks, At::Logits, labels, y);
+            return taps;
+        }
         HeadSpec::MeanMlp { labels } => (labels, Activation::Gelu),
         HeadSpec::Pooler { labels } => match spec.family {
             Family::Bert | Family::Roberta { .. } => (labels, Activation::Tanh),

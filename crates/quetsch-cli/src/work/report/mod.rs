@@ -9,12 +9,13 @@ pub use words::Lang;
 use super::compare::{Comparison, Variant};
 use super::pareto::front;
 use crate::commands::Speed;
+use crate::exit::usage;
 use crate::ui::{mb, percent};
 use anyhow::Result;
 use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
 use minijinja::{Environment, UndefinedBehavior};
 use plot::{Axis, Mark, Plot, line, mark, place_labels};
-use quetsch::metrics::Agreement;
+use quetsch::metrics::{Agreement, Distance};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -43,6 +44,22 @@ const HEADER: [&str; 12] = [
     "RSS MB",
 ];
 
+/// What other columns say where answers are numbers.
+const NUMBERS: [&str; 12] = [
+    "variant",
+    "params",
+    "disk MB",
+    "R2",
+    "MAE",
+    "parent",
+    "mean diff",
+    "max diff",
+    "Pearson",
+    "p50 ms",
+    "sent/s",
+    "RSS MB",
+];
+
 fn none() -> String {
     "-".into()
 }
@@ -52,16 +69,38 @@ fn cells(v: &Variant) -> [String; 12] {
     let speed = |f: &dyn Fn(&Speed) -> String| v.speed.as_ref().map_or_else(none, f);
     let against = |f: &dyn Fn(&Agreement) -> String| v.against_parent.as_ref().map_or_else(none, f);
     let is_model = v.dir.is_some();
+    let [good, also, far @ ..] = match v.numbers() {
+        Some(r) => {
+            let far = |f: &dyn Fn(&Distance) -> f64| {
+                v.distance_to_parent.as_ref().map_or_else(none, |d| format!("{:.4}", f(d)))
+            };
+            [
+                format!("{:.4}", r.r2),
+                format!("{:.4}", r.mae),
+                far(&|d| d.mean),
+                far(&|d| d.largest),
+                far(&|d| d.pearson),
+            ]
+        }
+        None => [
+            percent(v.labels().accuracy),
+            percent(v.labels().macro_f1),
+            against(&|a| format!("{} pt", points(a.accuracy_delta, 2))),
+            against(&|a| format!("{} ({})", a.flips, percent(a.flip_rate))),
+            against(&|a| format!("{:.3}", a.mcnemar.p)),
+        ],
+    };
+    let [delta, flips, p] = far;
     [
         v.name.clone(),
         if is_model { format!("{:.2} M", v.parameters as f64 / 1e6) } else { none() },
         if is_model { format!("{:.1}", mb(v.disk_bytes)) } else { none() },
-        percent(v.figures.accuracy),
-        percent(v.figures.macro_f1),
+        good,
+        also,
         v.parent.clone().unwrap_or_else(none),
-        against(&|a| format!("{} pt", points(a.accuracy_delta, 2))),
-        against(&|a| format!("{} ({})", a.flips, percent(a.flip_rate))),
-        against(&|a| format!("{:.3}", a.mcnemar.p)),
+        delta,
+        flips,
+        p,
         speed(&|s| format!("{:.2}", s.latency_ms.p50)),
         speed(&|s| format!("{:.0}", s.sentences_per_s)),
         speed(&|s| s.peak_rss_mb.map_or_else(none, |m| format!("{m:.1}"))),
@@ -91,6 +130,20 @@ impl Comparison {
         self.variants.iter().filter(|v| v.dir.is_some())
     }
 
+    /// Whether answers are numbers, not labels.
+    fn is_numbers(&self) -> bool {
+        self.variants.iter().any(|v| v.numbers().is_some())
+    }
+
+    /// Whether [`Comparison::html`] has something to show.
+    pub fn has_page(&self) -> bool {
+        !self.is_numbers()
+    }
+
+    fn header(&self) -> [&'static str; 12] {
+        if self.is_numbers() { NUMBERS } else { HEADER }
+    }
+
     fn baseline(&self) -> Option<&Variant> {
         self.variants.iter().find(|v| v.dir.is_none())
     }
@@ -107,7 +160,7 @@ impl Comparison {
         }
         let first = self.models().next()?;
         let good = |v: &&Variant| {
-            v.figures.accuracy >= first.figures.accuracy - MAX_DROP - 1e-9
+            v.labels().accuracy >= first.labels().accuracy - MAX_DROP - 1e-9
                 && self.gates.iter().all(|g| g.met || g.variant != v.name)
         };
         let timed = self.models().all(|v| v.speed.is_some());
@@ -127,12 +180,17 @@ impl Comparison {
         let (Some(first), Some(shown)) = (self.models().next(), self.shown()) else {
             return Summary { recommended: None, sentences: vec![] };
         };
+        if self.is_numbers() {
+            // Which loss of R2 is small enough is not for us to say.
+            let r2 = |v: &Variant| format!("{}: R2 {:.4}", v.name, v.figures.main().1);
+            return Summary { recommended: None, sentences: self.models().map(r2).collect() };
+        }
         let zh = lang == Lang::Zh;
-        let (n, a, b) = (self.sentences, percent(shown.figures.accuracy), percent(first.figures.accuracy));
+        let (n, a, b) = (self.sentences, percent(shown.labels().accuracy), percent(first.labels().accuracy));
         let (name, old) = (&shown.name, &first.name);
         let mut s = vec![];
         if shown.name == first.name {
-            let [low, high] = shown.figures.accuracy_interval.map(percent);
+            let [low, high] = shown.labels().accuracy_interval.map(percent);
             s.push(match zh {
                 true => format!("{name} 在 {n} 个测试句子上的准确率为 {a}(95% 区间 {low} 至 {high})。"),
                 false => format!("{name} answers {a} of {n} test sentences right (95% interval {low} to {high})."),
@@ -180,7 +238,7 @@ impl Comparison {
             s.push(cost(first, shown, zh));
         }
         if let Some(base) = self.baseline() {
-            let base_accuracy = percent(base.figures.accuracy);
+            let base_accuracy = percent(base.labels().accuracy);
             let below: Vec<&str> =
                 self.models().filter(|v| v.below_baseline == Some(true)).map(|v| v.name.as_str()).collect();
             s.push(match (below.is_empty(), zh) {
@@ -210,11 +268,13 @@ impl Comparison {
     /// For a terminal: numbers to the right, the best accuracy in bold.
     pub fn table(&self) -> String {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(HEADER);
-        let best = self.variants.iter().map(|v| v.figures.accuracy).fold(f64::NEG_INFINITY, f64::max);
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(self.header());
+        let best = self.variants.iter().map(|v| v.figures.main().1).fold(f64::NEG_INFINITY, f64::max);
         for v in &self.variants {
             let cells = cells(v).into_iter().enumerate().map(|(i, text)| match i {
-                3 if v.figures.accuracy == best => Cell::new(text).add_attribute(Attribute::Bold),
+                3 if v.figures.main().1 == best && v.figures.main().0 != "micro_f1" => {
+                    Cell::new(text).add_attribute(Attribute::Bold)
+                }
                 _ => Cell::new(text),
             });
             table.add_row(cells);
@@ -229,6 +289,13 @@ impl Comparison {
 
     /// What the columns of the table mean.
     pub fn legend(&self) -> String {
+        if self.is_numbers() {
+            return format!(
+                "{} sentences, {} threads. mean diff, max diff and Pearson compare the numbers with the parent's; p50 is \
+                 one sentence at a time, tokenising included; each model was timed in a process of its own.",
+                self.sentences, self.threads
+            );
+        }
         format!(
             "{} sentences, {} threads. delta, flips (changed predictions) and McNemar's p are against the parent; p50 is \
              one sentence at a time, tokenising included; each model was timed in a process of its own.",
@@ -241,7 +308,7 @@ impl Comparison {
         let w = lang.words();
         let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
         let mut text = escape_markdown(&self.summary(lang).sentences.join(lang.pick(" ", ""))) + "\n\n";
-        text += &line(&HEADER.map(str::to_string));
+        text += &line(&self.header().map(str::to_string));
         text +=
             &line(&std::array::from_fn::<_, 12, _>(|i| if i == 0 || i == 5 { "---" } else { "---:" }.to_string()));
         self.variants.iter().for_each(|v| text += &line(&cells(v).map(|c| escape_markdown(&c))));
@@ -268,7 +335,13 @@ impl Comparison {
     }
 
     /// One self-contained page. The template escapes everything that comes from users.
+    ///
+    /// # Errors
+    /// Answers that are numbers: the page is about labels.
     pub fn html(&self, title: &str, lang: Lang) -> Result<String> {
+        if self.is_numbers() {
+            return Err(usage("the HTML report is about labels; for numbers write .md or .json"));
+        }
         let w = lang.words();
         let mut env = Environment::new();
         env.set_undefined_behavior(UndefinedBehavior::Strict);
@@ -290,7 +363,7 @@ impl Comparison {
             "reliability": self.reliability(&w),
             "keys": self.reliability_keys(),
             "flips": self.flips(),
-            "confusions": self.shown().map(|v| v.figures.confusions.iter().take(CONFUSIONS_LISTED).collect::<Vec<_>>()),
+            "confusions": self.shown().map(|v| v.labels().confusions.iter().take(CONFUSIONS_LISTED).collect::<Vec<_>>()),
             "calibrated": self.calibrated(),
             "made": self.models().filter_map(|v| Some((&v.name, made_from(v)?))).collect::<Vec<_>>(),
         });
@@ -300,7 +373,7 @@ impl Comparison {
 
     fn row(&self, v: &Variant) -> Value {
         let against = v.against_parent.as_ref();
-        let [low, high] = v.figures.accuracy_interval;
+        let [low, high] = v.labels().accuracy_interval;
         let is_model = v.dir.is_some();
         json!({
             "name": v.name,
@@ -309,13 +382,13 @@ impl Comparison {
             "cells": [
                 if is_model { format!("{:.2} M", v.parameters as f64 / 1e6) } else { none() },
                 if is_model { format!("{:.1}", mb(v.disk_bytes)) } else { none() },
-                percent(v.figures.accuracy),
+                percent(v.labels().accuracy),
                 format!("{:.1}-{:.1}", 100.0 * low, 100.0 * high),
-                percent(v.figures.macro_f1),
-                percent(v.figures.top_3),
+                percent(v.labels().macro_f1),
+                percent(v.labels().top_3),
                 v.worst_recall.as_ref().map_or_else(none, |w| percent(w.recall)),
                 // The baseline's margins are no probabilities.
-                if is_model { format!("{:.4}", v.figures.ece) } else { none() },
+                if is_model { format!("{:.4}", v.labels().ece) } else { none() },
                 v.parent.clone().unwrap_or_else(none),
                 against.map_or_else(none, |a| format!("{} pt", points(a.accuracy_delta, 2))),
                 against.map_or_else(none, |a| a.delta_interval.map(|x| points(x, 1)).join(" / ")),
@@ -336,8 +409,8 @@ impl Comparison {
             (w["pareto_latency"], w["x_latency"], |v| v.speed.as_ref().map(|s| s.latency_ms.p50)),
             (w["pareto_size"], w["x_size"], |v| v.dir.as_ref().map(|_| mb(v.disk_bytes))),
         ];
-        let baseline = self.baseline().map(|b| 100.0 * b.figures.accuracy);
-        let intervals = self.models().flat_map(|v| v.figures.accuracy_interval).map(|a| 100.0 * a);
+        let baseline = self.baseline().map(|b| 100.0 * b.labels().accuracy);
+        let intervals = self.models().flat_map(|v| v.labels().accuracy_interval).map(|a| 100.0 * a);
         let y = Axis::around(intervals.chain(baseline), false, Axis::y);
         let plot = |(title, x_label, cost): (&str, &str, Cost)| {
             let models: Vec<(&Variant, f64)> = self.models().filter_map(|v| Some((v, cost(v)?))).collect();
@@ -345,7 +418,7 @@ impl Comparison {
                 return None;
             }
             let x = Axis::around(models.iter().map(|m| m.1), true, Axis::x);
-            let at: Vec<(f64, f64)> = models.iter().map(|(v, c)| (*c, 100.0 * v.figures.accuracy)).collect();
+            let at: Vec<(f64, f64)> = models.iter().map(|(v, c)| (*c, 100.0 * v.labels().accuracy)).collect();
             let on_front = front(&at.iter().map(|p| ([p.0], p.1)).collect::<Vec<_>>());
             let mut marks: Vec<Mark> = (models.iter().zip(&at).zip(&on_front))
                 .map(|(((v, _), (c, accuracy)), on_front)| {
@@ -354,7 +427,7 @@ impl Comparison {
                         (_, true) => "front",
                         _ => "dominated",
                     };
-                    let interval = v.figures.accuracy_interval.map(|a| y.at(100.0 * a));
+                    let interval = v.labels().accuracy_interval.map(|a| y.at(100.0 * a));
                     let tip = format!("{}: {accuracy:.2}%, {c:.2}", v.name);
                     Mark {
                         interval: Some(interval),
@@ -413,7 +486,7 @@ impl Comparison {
         let (x, y) = (Axis::x(0.0, 1.0, false), Axis::y(0.0, 1.0, false));
         let (mut lines, mut marks) = (vec![line("ideal", &x, &y, [(0.0, 0.0), (1.0, 1.0)])], vec![]);
         for (v, class) in self.pair().into_iter().zip(["s0", "s1"]) {
-            let bins = &v.figures.reliability;
+            let bins = &v.labels().reliability;
             lines.push(line(class, &x, &y, bins.iter().map(|b| (b.confidence, b.accuracy))));
             marks.extend(bins.iter().map(|b| {
                 let r = 2.0 + 6.0 * (b.n as f64 / self.sentences.max(1) as f64).sqrt();
@@ -434,13 +507,13 @@ impl Comparison {
 
     fn reliability_keys(&self) -> Vec<(&str, String)> {
         let keys = self.pair().into_iter().zip(["s0", "s1"]);
-        keys.map(|(v, class)| (class, format!("{} (ECE {:.3})", v.name, v.figures.ece))).collect()
+        keys.map(|(v, class)| (class, format!("{} (ECE {:.3})", v.name, v.labels().ece))).collect()
     }
 
     fn calibrated(&self) -> Vec<Value> {
         let row = |v: &Variant| {
             let c = v.calibrated.as_ref()?;
-            let [t, before, after] = [c.temperature, v.figures.ece, c.ece].map(|x| format!("{x:.3}"));
+            let [t, before, after] = [c.temperature, v.labels().ece, c.ece].map(|x| format!("{x:.3}"));
             Some(json!({ "name": v.name, "t": t, "before": before, "after": after }))
         };
         self.models().filter_map(row).collect()

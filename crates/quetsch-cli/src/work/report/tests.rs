@@ -24,7 +24,8 @@ fn comparison() -> Comparison {
         disk_bytes: bytes as u64,
         parts: vec![Part { part: "embeddings", parameters: bytes, bytes }],
         storage: Some(Storage { linears: BTreeMap::from([("int8", vec![EVIL.to_string()])]), embeddings: "f16" }),
-        figures: metrics::evaluate(logits, &truth, &names),
+        figures: metrics::Figures::Labels(metrics::evaluate(logits, &truth, &names)),
+        distance_to_parent: None,
         worst_recall: None,
         below_baseline: Some(false),
         calibrated: None,
@@ -116,7 +117,7 @@ fn the_summary_says_what_was_measured() {
     assert!(en.contains("0 of 1 conditions are met"), "{en}");
     assert!(text(&c, Lang::Zh).contains("没有任何较小的模型"));
     c.gates.clear();
-    c.variants[1].figures.accuracy = c.variants[0].figures.accuracy;
+    c.variants[1].figures = c.variants[0].figures.clone();
     assert_eq!(c.summary(Lang::En).recommended.as_deref(), Some("small"));
     c.variants.truncate(1);
     assert!(text(&c, Lang::En).contains("of 6 test sentences right"));

@@ -266,7 +266,7 @@ impl Search<'_> {
         write_file(out.join("report.md"), comparison.markdown(Lang::En).as_bytes())?;
         write_file(out.join("report.json"), &pretty(&comparison)?)?;
         let on_test: BTreeMap<&str, f64> = match self.file.data.test {
-            Some(_) => comparison.variants.iter().map(|v| (v.name.as_str(), v.figures.accuracy)).collect(),
+            Some(_) => comparison.variants.iter().map(|v| (v.name.as_str(), v.labels().accuracy)).collect(),
             None => BTreeMap::new(),
         };
         let record = json!({

@@ -11,7 +11,7 @@ mod pool;
 mod space;
 mod trial;
 
-use super::corpus::{hash_file, hash_model, hash_of};
+use super::corpus::{Wanted, hash_file, hash_model, hash_of};
 use super::pareto;
 use crate::exit::usage;
 use crate::recipe::{Kind, SearchFile};
@@ -135,7 +135,13 @@ struct Split {
 
 /// Writes the two parts of the training data as files of their own.
 fn split(file: &SearchFile, ui: &Ui) -> Result<Split> {
-    let whole = super::corpus::training(&file.data, &[], file.seed, ui)?;
+    let whole = super::corpus::training(&file.data, Wanted::default(), file.seed, ui)?;
+    if whole.train.task != quetsch::task::Task::default() {
+        return Err(usage(format!(
+            "a search compares accuracies of one label a text; this task is {}",
+            whole.train.task
+        )));
+    }
     let (train, validation) = (whole.train, whole.validation);
     if validation.is_empty() {
         return Err(usage(format!(
@@ -168,6 +174,7 @@ fn split(file: &SearchFile, ui: &Ui) -> Result<Split> {
         validation: 0.0,
         text_col: file.data.text_col.clone(),
         label_col: file.data.label_col.clone(),
+        ..Data::default()
     };
     Ok(Split { train, validation, data, hash })
 }
@@ -224,7 +231,7 @@ impl Search<'_> {
     fn given(&mut self, folder: &Path) -> Result<usize> {
         let classifier = Classifier::load(folder, None)?;
         let path = self.data.test.as_deref().context("the validation part has a file")?;
-        let set = super::corpus::read(path.as_ref(), &self.data, classifier.labels())?;
+        let set = super::corpus::read(path.as_ref(), &self.data, (&classifier).into())?;
         let logits = classifier.logits(&set.texts, self.options.threads)?;
         let figures = metrics::evaluate(&logits, &set.labels, classifier.labels());
         let teacher = Trial {

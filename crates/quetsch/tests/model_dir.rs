@@ -221,7 +221,7 @@ fn configs_that_are_refused() {
         ("position_embedding_type", json!("relative_key"), "supported is: absolute"),
         ("hidden_act", json!("gelu_new"), "supported are: gelu, relu"),
         ("is_decoder", json!(true), "only encoders"),
-        ("problem_type", json!("multi_label_classification"), "single_label_classification"),
+        ("problem_type", json!("ranking"), "single_label_classification"),
         ("hidden_size", json!(33), "not a multiple"),
         ("hidden_size", json!(-1), "a whole number"),
         ("num_attention_heads", json!(0), "not a multiple"),

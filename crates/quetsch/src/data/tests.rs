@@ -143,7 +143,7 @@ fn each_error_says_where() {
             &sniff,
             &["line 2", "`label` is missing"],
         ),
-        ("a.jsonl", b"{\"text\":\"a\",\"label\":[\"x\"]}", None, &sniff, &["line 1", "`label` is a list"]),
+        ("a.jsonl", b"{\"text\":\"a\",\"label\":{\"x\":1}}", None, &sniff, &["line 1", "`label` is "]),
         ("a.csv", b"text,label\na,x\n", Some("{}"), &sniff, &["categories.json", "JSON list"]),
         ("a.csv", b"text,label\na,x\n", Some(r#"["x","x"]"#), &sniff, &["categories.json", "`x` is listed twice"]),
         ("a.csv", b"text,label\na,z\n", Some(r#"["x"]"#), &sniff, &["unknown label `z`", "categories.json"]),

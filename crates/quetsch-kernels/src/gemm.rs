@@ -54,7 +54,7 @@ pub fn gemm(size: Size, scale: f32, a: View, b: View, out: &mut [f32], stride: u
     gemm_into(size.k, scale, a, b, Window::new(out, size.m, size.n, stride), write);
 }
 
-/// As [`gemm`], into a window of a larger matrix.
+/// As [`gemm()`], into a window of a larger matrix.
 ///
 /// # Panics
 /// When a slice is shorter than the sizes say.

@@ -1,4 +1,4 @@
-//! Every order in which threads can run the team's code, by loom: each part of each fork runs once and before the fork
+//! Orders in which threads can run the team's code, all with a few preemptions, by loom: each part of each fork runs once and before the fork
 //! returns, nobody sleeps through an offer, and all threads end. Loom counts a thread that waits for ever as a failure.
 #![allow(missing_docs)]
 

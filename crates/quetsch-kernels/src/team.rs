@@ -1,4 +1,4 @@
-//! A few threads that share the work of one thread, part by part: a fork and its join take about a microsecond while
+//! A few threads that share the work of one thread, part by part: a fork wakes nobody while
 //! they are awake.
 //!
 //! [`Team::fork`] offers numbered parts; its caller and the threads of the team take one after the other until none is

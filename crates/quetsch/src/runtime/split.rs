@@ -1,4 +1,4 @@
-//! How the work of one operation is split over a team. A part must be worth its fork and join, about a microsecond, and
+//! How the work of one operation is split over a team. A part must be worth its fork and join, and
 //! the cache lines that change cores; what is less stays with the caller. How an operation is split changes no bit of it.
 
 use super::Workspace;
@@ -6,7 +6,7 @@ use quetsch_kernels::int8;
 use quetsch_kernels::team::Team;
 use quetsch_kernels::window::Window;
 
-/// Multiply-accumulates of a part.
+/// Multiply-accumulates of a part; an estimate, as is [`ELEMENTS`].
 const PRODUCTS: usize = 1 << 18;
 /// Elements of a part, for what is done to each once.
 const ELEMENTS: usize = 1 << 11;

@@ -135,7 +135,7 @@ fn an_export_holds_its_temperature() {
     let temperature = found["temperature"].as_f64().expect("a number");
     assert!((temperature - 1.0).abs() > 0.05, "a temperature that would not be seen: {temperature}");
     for (scaled, plain) in logits(&place, "scaled").iter().zip(logits(&place, "model")) {
-        assert!((f64::from(*scaled) * temperature - f64::from(plain)).abs() < 1e-5, "{scaled} {plain}");
+        assert!((scaled * temperature - plain).abs() < 1e-5, "{scaled} {plain}");
     }
     let loss = |dir: &str| {
         let done = place.ok(&format!("eval --model {dir} --data train.csv --format json"));

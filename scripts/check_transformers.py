@@ -1,6 +1,7 @@
 """Loads a model directory with Hugging Face transformers and compares its logits.
 
     python scripts/check_transformers.py DIR --expect FILE.jsonl [--tolerance 1e-4]   compare; exit 1 if they differ
+        --median T: and half of the texts differ by at most T
     python scripts/check_transformers.py DIR --texts FILE                             print {"text", "logits"} lines
 
 FILE.jsonl holds lines {"text": .., "logits": [..]}, as `quetsch predict --logits --format jsonl` prints them.
@@ -124,6 +125,7 @@ def main():
     parser.add_argument("--texts", type=Path, help="one text a line; without --expect the logits are printed")
     parser.add_argument("--expect", type=Path, help="JSONL with text and logits")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest allowed |difference| (default 1e-4)")
+    parser.add_argument("--median", type=float, help="largest allowed median of the texts' |difference|")
     parser.add_argument("--max-length", type=int, help="default: max_length of config.json, else 256")
     parser.add_argument("--batch", type=int, default=16, help="1 means no padding at all (default 16)")
     parser.add_argument("--trust-remote-code", action="store_true", help="for directories with auto_map")
@@ -166,6 +168,9 @@ def main():
         print(f"  at text {worst}: {rows[worst]['text'][:60]!r}")
         print(f"same prediction {same}/{len(rows)}")
         bad |= not bool(difference.max() <= args.tolerance)  # NaN is a difference too
+        if args.median is not None:
+            print(f"median |logit difference of a text| {difference.median():.3g} (allowed {args.median:g})")
+            bad |= not bool(difference.median() <= args.median)
     elif args.texts:
         texts = [t for t in args.texts.read_text().split("\n") if t]
         for text, row in zip(texts, logits_of(model, tokenizer, texts, max_length, batch)):

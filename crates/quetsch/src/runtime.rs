@@ -223,7 +223,7 @@ impl Workspace {
 }
 
 /// Rows quantised to int8; its buffers may be longer.
-struct Int8 {
+pub(super) struct Int8 {
     rows: usize,
     k: usize,
     q: Vec<i8>,

@@ -128,8 +128,9 @@ fn other_families_survive_every_stage() {
 
 #[test]
 fn quantised_models_give_the_logits_of_bitsandbytes() {
-    // Weights are random, so rounding is not small beside them: f32 logits are 2.4 to 4.4 away. bitsandbytes rounds the
-    // results of int8 linears to f16, we do not: 0.08 apart where int8 itself is 0.23 from float.
+    // Weights are random, so rounding is not small beside them: f32 logits are 2.4 to 4.4 away, those of int8 0.23. Sums in
+    // another order are 1e-7 apart; where that changes an integer of an input, logits are some 0.05 apart. There is one
+    // in about 30,000, so half of the sentences have none.
     let expected = json("bnb/expected.json");
     let student = dir::read(fixture("tiny_student")).unwrap();
     for (name, float, tolerance) in [
@@ -157,11 +158,12 @@ fn quantised_models_give_the_logits_of_bitsandbytes() {
         let (texts, rows) = texts(&expected);
         let key = if float { "logits_float" } else { "logits" };
         let want: Vec<Vec<f32>> = serde_json::from_value(expected[name][key].clone()).unwrap();
-        let got: Vec<f32> = texts.iter().flat_map(|t| c.logits(&[t], 1).unwrap()).collect();
-        let want: Vec<f32> = rows.iter().flat_map(|r| want[*r].clone()).collect();
-        let far = worst(&got, &want);
-        assert!(far < tolerance, "{name} {key}: {far}");
-        assert_eq!(got, c.logits(&texts, 2).unwrap(), "{name}: an answer depends on its neighbours");
+        let got: Vec<Vec<f32>> = texts.iter().map(|t| c.logits(&[t], 1).unwrap()).collect();
+        let mut far: Vec<f32> = got.iter().zip(&rows).map(|(got, r)| worst(got, &want[*r])).collect();
+        far.sort_by(f32::total_cmp);
+        assert!(far[far.len() - 1] < tolerance, "{name} {key}: {far:?}");
+        assert!(name != "int8" || far[far.len() / 2] < 1e-5, "{name} {key}: {far:?}");
+        assert_eq!(got.concat(), c.logits(&texts, 2).unwrap(), "{name}: an answer depends on its neighbours");
     }
 }
 

@@ -1,6 +1,6 @@
 //! A packed linear layer: one or several matrices side by side that read the same input (q, k and v).
 
-use super::{Workspace, split};
+use super::{Int8, Workspace, split};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::quant::four_bit::{Absmax, Compute, FourBit};
 use crate::quant::int8::Int8Input;
@@ -148,9 +148,10 @@ impl Linear {
                     ws.free(x);
                 }
                 Weight::Mixed { matrix, threshold } => {
-                    let outliers = take_outliers(x, k, *threshold, ws);
+                    let (quantised, outliers) = take_outliers(x, k, *threshold, team, ws);
                     let product = Window::new(out, rows, n, step);
-                    dynamic(&outliers.rest, matrix, &[], Activation::Identity, team, ws, product);
+                    integers(team, quantised.rows(), matrix, &[], Activation::Identity, product);
+                    ws.free(quantised);
                     outliers.add_to(matrix, rows, ws, out, step);
                     math::bias_activation(&mut Window::new(out, rows, n, step), bias, f);
                 }
@@ -247,10 +248,11 @@ fn dynamic(
     ws.free(x);
 }
 
-/// The input of LLM.int8() (Dettmers et al. 2022), rounded to f16 and taken apart; buffers may be longer.
+/// What bitsandbytes multiplies integers by instead of 1 / 127^2, through 1 / 127^2: it has the number to six digits.
+const BITSANDBYTES: f32 = 6.200_124e-5 * 127.0 * 127.0;
+
+/// The columns of an LLM.int8() input (Dettmers et al. 2022) that are multiplied in float; buffers may be longer.
 pub(super) struct Outliers {
-    /// `[rows, k]` with zeros where an outlier column was.
-    pub(super) rest: Vec<f32>,
     /// `[rows, columns]`: what stood there, zeros where a sequence has no outlier in that column.
     taken: Vec<f32>,
     /// The columns that have an outlier in some sequence, rising, in the first of `columns` words.
@@ -258,8 +260,16 @@ pub(super) struct Outliers {
     columns: usize,
 }
 
-/// A column is an outlier when some element of the *sequence* reaches the threshold; 0 turns outliers off.
-pub(super) fn take_outliers(x: &Input, k: usize, threshold: f32, ws: &mut Workspace) -> Outliers {
+/// The input of LLM.int8(), rounded to f16 and taken apart as bitsandbytes does: a column is an outlier when some element
+/// of the *sequence* reaches the threshold (0 turns outliers off); a row's scale is of the elements below the threshold,
+/// those in outlier columns included, whose integers are 0.
+pub(super) fn take_outliers(
+    x: &Input,
+    k: usize,
+    threshold: f32,
+    team: &Team,
+    ws: &mut Workspace,
+) -> (Int8, Outliers) {
     let sequences = if threshold > 0.0 { x.starts.len().saturating_sub(1) } else { 0 };
     let (mut rest, mut largest) = (ws.floats(x.rows * k), ws.floats(sequences * k));
     let mut which = ws.words(k);
@@ -275,13 +285,26 @@ pub(super) fn take_outliers(x: &Input, k: usize, threshold: f32, ws: &mut Worksp
     }
     let mut taken = ws.floats(x.rows * columns);
     taken[..x.rows * columns].fill(0.0);
-    for (i, s) in x.starts.windows(2).take(sequences).enumerate() {
-        for (j, c) in which[..columns].iter().map(|c| *c as usize).enumerate().filter(|(_, c)| out(i, *c)) {
-            (s[0]..s[1]).for_each(|r| taken[r * columns + j] = std::mem::take(&mut rest[r * k + c]));
+    let places = |f: &mut dyn FnMut(usize, usize, usize)| {
+        for (i, s) in x.starts.windows(2).take(sequences).enumerate() {
+            for (j, c) in which[..columns].iter().map(|c| *c as usize).enumerate().filter(|(_, c)| out(i, *c)) {
+                (s[0]..s[1]).for_each(|r| f(r, c, j));
+            }
         }
-    }
-    ws.floats.push(largest);
-    Outliers { rest, taken, which, columns }
+    };
+    places(&mut |r, c, j| {
+        let v = &mut rest[r * k + c];
+        taken[r * columns + j] = *v;
+        if v.abs() >= threshold {
+            *v = 0.0;
+        }
+    });
+    let mut quantised = ws.quantise(team, &rest, x.rows, k);
+    let (q, scale) = quantised.parts();
+    places(&mut |r, c, _| q[r * int8::stride(k) + c] = 0);
+    scale.iter_mut().for_each(|s| *s *= BITSANDBYTES);
+    [rest, largest].into_iter().for_each(|b| ws.floats.push(b));
+    (quantised, Outliers { taken, which, columns })
 }
 
 impl Outliers {
@@ -316,7 +339,7 @@ impl Outliers {
     }
 
     fn free(self, ws: &mut Workspace) {
-        [self.rest, self.taken].into_iter().for_each(|b| ws.floats.push(b));
+        ws.floats.push(self.taken);
         ws.words.push(self.which);
     }
 }

@@ -49,8 +49,9 @@ impl Reads {
                 ws.free(q);
             }
             Reads::Int8(Int8Input::Mixed { threshold }) => {
-                let outliers = take_outliers(x, k, threshold, ws);
-                by_row(&outliers.rest, x.rows, k, ws, out);
+                let (q, outliers) = take_outliers(x, k, threshold, &ALONE, ws);
+                decode(&q.rows(), k, out);
+                ws.free(q);
                 outliers.put_back(x.rows, k, ws, out);
             }
         }

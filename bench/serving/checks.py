@@ -1,6 +1,6 @@
 """Starts `quetsch serve` and measures what a load tool does not: starting, idling, memory, overload, stopping.
 
-    python checks.py CHECK QUETSCH MODEL PAIRS [--seconds N]      CHECK: cold idle soak overload sigterm kill
+    python checks.py CHECK QUETSCH MODEL PAIRS [--seconds N]      CHECK: cold idle quota soak overload sigterm kill
 
 PAIRS is the file that pairs.py writes. Every check prints one JSON object and fails with a message if an answer is wrong.
 Python's standard library only; the soak's load comes from wrk.
@@ -21,10 +21,10 @@ HERE = Path(__file__).resolve().parent
 
 
 class Server:
-    def __init__(self, args, *flags, port=0):
+    def __init__(self, args, *flags, port=0, before=None):
         begin = time.perf_counter()
         self.process = subprocess.Popen([args.quetsch, "serve", "--model", args.model, "--port", str(port), *flags],
-                                        stdout=subprocess.PIPE)
+                                        stdout=subprocess.PIPE, preexec_fn=before)
         line = self.process.stdout.readline().decode()
         self.port = int(line.strip().rsplit(":", 1)[1])
         while not self.healthy():
@@ -103,6 +103,48 @@ def idle(args):
     used = server.cpu_seconds() - begin
     server.stop()
     return {"seconds": args.seconds, "cpu_ms": round(used * 1e3)}
+
+
+def quota(args):
+    """Under a CPU quota (a control group, version 1 or 2: needs root), as containers have: what it answers for the CPU
+    time that it uses, and that waiting costs none. The threads follow the quota, so nobody spins for another."""
+    root = Path("/sys/fs/cgroup")
+    first = (root / "cpu/cpu.cfs_quota_us").exists()
+    group = (root / "cpu" if first else root) / "quetsch-check"
+    group.mkdir(exist_ok=True)
+
+    def throttled():
+        stat = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+        return int(stat["nr_throttled"])
+
+    rows = []
+    try:
+        for cores in (0.5, 1.0, 1.5, os.cpu_count()):
+            quota, period = round(cores * 100_000), 100_000
+            if first:
+                (group / "cpu.cfs_period_us").write_text(str(period))
+                (group / "cpu.cfs_quota_us").write_text(str(quota))
+            else:
+                (group / "cpu.max").write_text(f"{quota} {period}")
+            server = Server(args, before=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
+            row = {"cores": cores, "ready_ms": round(server.ready_ms)}
+            for connections in (1, 8):
+                wrk(args, server.port, 1, connections, 1).communicate()
+                cpu, held, begin = server.cpu_seconds(), throttled(), time.perf_counter()
+                found = json.loads(wrk(args, server.port, 1, connections, args.seconds).communicate()[0].splitlines()[-1])
+                cpu, took = server.cpu_seconds() - cpu, time.perf_counter() - begin
+                row[f"{connections}_connections"] = {
+                    "per_s": found["requests_per_s"], "p99_ms": found["p99_ms"], "cores_used": round(cpu / took, 2),
+                    "cpu_ms_per_answer": round(cpu * 1e3 / (found["requests_per_s"] * took), 2), "times_throttled": throttled() - held}
+            time.sleep(0.5)
+            cpu = server.cpu_seconds()
+            time.sleep(args.seconds)
+            row["idle_cpu_ms"] = round((server.cpu_seconds() - cpu) * 1e3)
+            server.stop()
+            rows.append(row)
+    finally:
+        group.rmdir()
+    return {"rows": rows}
 
 
 def wrk(args, port, threads, connections, seconds, check=False):
@@ -247,7 +289,7 @@ def sigterm(args):
 
 
 def main():
-    checks = {f.__name__: f for f in (cold, idle, soak, overload, sigterm, kill)}
+    checks = {f.__name__: f for f in (cold, idle, quota, soak, overload, sigterm, kill)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", choices=checks)
     parser.add_argument("quetsch")

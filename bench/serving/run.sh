@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every figure of docs/serving.md: bench/serving/run.sh WHAT, on a machine with nothing else to do.
-#   WHAT: throughput distilbert peer cold idle soak overload sigterm kill all
+#   WHAT: throughput distilbert peer cold idle quota soak overload sigterm kill all
 # QUETSCH the release binary, MODEL the 6-layer int8 model, DATA texts (.csv or .txt); for the peer MODELS, what
 # make_models.py wrote, and PYTHON, an interpreter with requirements.txt. SECONDS_EACH shortens a trial run.
 set -euo pipefail
@@ -71,14 +71,15 @@ peer() { # the same weights in both servers, one after the other, three times
 with_pairs() { need MODEL DATA; pairs "$MODEL" "$work/pairs"; check "$1" "$quetsch" "$MODEL" "$work/pairs" "${@:2}"; }
 cold() { with_pairs cold --times 20; }
 idle() { with_pairs idle --seconds "$seconds"; }
+quota() { with_pairs quota --seconds "$seconds"; } # as root
 soak() { with_pairs soak --requests "${REQUESTS:-1000000}" --seconds "$seconds"; }
 overload() { with_pairs overload --seconds "${OVERLOAD_SECONDS:-120}"; }
 sigterm() { with_pairs sigterm --times 20; }
 kill_9() { with_pairs kill --times 20; }
 
 case ${1:-} in
-throughput | distilbert | peer | cold | idle | soak | overload | sigterm) "$1" ;;
+throughput | distilbert | peer | cold | idle | quota | soak | overload | sigterm) "$1" ;;
 kill) kill_9 ;;
-all) for what in throughput distilbert peer cold idle overload sigterm kill_9 soak; do echo "== $what"; $what; done ;;
+all) for what in throughput distilbert peer cold idle quota overload sigterm kill_9 soak; do echo "== $what"; $what; done ;;
 *) sed -n '2,6p' "$0" >&2; exit 2 ;;
 esac

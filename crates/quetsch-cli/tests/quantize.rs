@@ -107,6 +107,56 @@ fn a_calibrated_model_runs_and_says_on_what_it_was_calibrated() {
     assert!(without.code != 0 && without.stderr.contains("--train"), "{}", without.stderr);
 }
 
+/// The temperature goes into the last linear: all logits are divided by it, and no text of the calibration data has a
+/// lower loss at another one.
+#[test]
+fn an_export_holds_its_temperature() {
+    let place = Place::new();
+    place.write("texts.txt", b"i lost my card now\n");
+    // The model is right about all texts but one in four.
+    let said = place.ok("predict --model model --input train.csv --format jsonl --top-k 1").stdout;
+    let mut rows = String::from("text,label\n");
+    for (i, line) in said.lines().enumerate() {
+        let answer = json(line.as_bytes());
+        let label = answer["predictions"][0]["label"].as_str().unwrap_or_else(|| panic!("{answer}"));
+        let label = if i % 4 > 0 {
+            label
+        } else if label == "abroad" {
+            "top_up"
+        } else {
+            "abroad"
+        };
+        rows += &format!("{},{label}\n", answer["text"].as_str().expect("the text"));
+    }
+    place.write("train.csv", rows.as_bytes());
+    let done = place.ok("export --model model --to hf --calibration train.csv --out scaled --format json");
+    let facts = json(done.stdout.as_bytes());
+    let found = &facts["calibration"];
+    let temperature = found["temperature"].as_f64().expect("a number");
+    assert!((temperature - 1.0).abs() > 0.05, "a temperature that would not be seen: {temperature}");
+    for (scaled, plain) in logits(&place, "scaled").iter().zip(logits(&place, "model")) {
+        assert!((scaled * temperature - plain).abs() < 1e-5, "{scaled} {plain}");
+    }
+    let loss = |dir: &str| {
+        let done = place.ok(&format!("eval --model {dir} --data train.csv --format json"));
+        json(done.stdout.as_bytes())["loss"].as_f64().expect("a loss")
+    };
+    let (before, after) = (loss("model"), loss("scaled"));
+    assert!((before - found["loss"][0].as_f64().expect("before")).abs() < 1e-6);
+    assert!((after - found["loss"][1].as_f64().expect("after")).abs() < 1e-5 && after < before, "{before} {after}");
+    let again = json(
+        place
+            .ok("export --model scaled --to hf --calibration train.csv --out twice --format json")
+            .stdout
+            .as_bytes(),
+    );
+    let again = again["calibration"]["temperature"].as_f64().expect("a number");
+    assert!((again - 1.0).abs() < 2e-3, "{again}");
+    place.ok("quantize --model model --quant int8 --keep none --out whole");
+    let refused = place.run("export --model whole --to bnb-int8 --calibration train.csv --out no");
+    assert!(refused.code == 1 && refused.stderr.contains("last linear"), "{}", refused.stderr);
+}
+
 #[test]
 fn a_remote_code_export_names_its_code_and_reads_back() {
     let place = Place::new();

@@ -36,6 +36,18 @@ impl Speaks {
     }
 }
 
+/// How far a server is on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// It serves.
+    Open,
+    /// It was told to stop. What clients had sent by then is on its way through sockets and is still taken; every HTTP
+    /// answer says `Connection: close`.
+    LastCall,
+    /// Nothing more is taken.
+    Closed,
+}
+
 /// A listening socket.
 pub struct Door {
     listener: TcpListener,
@@ -66,16 +78,18 @@ impl Door {
         move || all - connections.available_permits()
     }
 
-    /// Takes connections until `stop`; each of them then ends with the request it is at. They hold `stop` until then.
-    pub async fn admit(self, router: Router, mut stop: watch::Receiver<bool>) {
+    /// Takes connections until the server is closed; each of them then ends with the request it is at. They hold `stage`
+    /// until then.
+    pub async fn admit(self, router: Router, mut stage: watch::Receiver<Stage>) {
         loop {
             let accept = async {
                 let permit = self.connections.clone().acquire_owned().await;
                 (self.listener.accept().await, permit)
             };
             let (accepted, permit) = tokio::select! {
-                _ = stop.wait_for(|stop| *stop) => return,
+                biased;
                 accepted = accept => accepted,
+                _ = stage.wait_for(|s| *s == Stage::Closed) => return,
             };
             let Ok((stream, _)) = accepted else {
                 // Out of file descriptors, say: others will end soon.
@@ -87,7 +101,7 @@ impl Door {
                 tls: self.tls.clone(),
                 limits: self.limits,
                 router: router.clone(),
-                stop: stop.clone(),
+                stage: stage.clone(),
             };
             tokio::spawn(async move {
                 connection.run(stream).await;
@@ -103,7 +117,7 @@ struct Connection {
     tls: Option<Arc<Tls>>,
     limits: Limits,
     router: Router,
-    stop: watch::Receiver<bool>,
+    stage: watch::Receiver<Stage>,
 }
 
 impl Connection {
@@ -134,7 +148,7 @@ impl Connection {
             Speaks::Http => {
                 let mut builder = http1::Builder::new();
                 builder.timer(TokioTimer::new()).header_read_timeout(self.limits.header_timeout);
-                until(self.stop, builder.serve_connection(stream, service)).await;
+                until(Stage::Closed, self.stage, builder.serve_connection(stream, service)).await;
             }
             Speaks::Grpc => {
                 let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -143,18 +157,20 @@ impl Connection {
                     .keep_alive_interval(self.limits.header_timeout / 3)
                     .keep_alive_timeout(self.limits.header_timeout / 3)
                     .max_concurrent_streams(self.limits.max_concurrent_requests as u32);
-                until(self.stop, builder.serve_connection(stream, service)).await;
+                // HTTP/2 tells the client which of its requests are still taken.
+                until(Stage::LastCall, self.stage, builder.serve_connection(stream, service)).await;
             }
         }
     }
 }
 
-/// Goes on until the client ends it, or, after `stop`, until what was begun is answered.
-async fn until(mut stop: watch::Receiver<bool>, connection: impl GracefulConnection) {
+/// Goes on until the client ends it, or, from a stage on, until what has come in is answered.
+async fn until(last: Stage, mut stage: watch::Receiver<Stage>, connection: impl GracefulConnection) {
     let mut connection = pin!(connection);
     tokio::select! {
+        biased; // bytes that are there are read first
         _ = connection.as_mut() => return,
-        _ = stop.wait_for(|stop| *stop) => connection.as_mut().graceful_shutdown(),
+        _ = stage.wait_for(|s| *s >= last) => connection.as_mut().graceful_shutdown(),
     }
     let _ = connection.await;
 }

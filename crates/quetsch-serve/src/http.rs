@@ -1,6 +1,6 @@
 //! The server's life, routes, and what all protocols share: the key, request ids, body limits.
 
-use crate::door::{Door, Speaks};
+use crate::door::{Door, Speaks, Stage};
 use crate::engine::Engine;
 use crate::models::Which;
 use crate::oip::{grpc, rest};
@@ -26,6 +26,10 @@ use tokio::sync::{Notify, watch};
 use tower_http::cors::CorsLayer;
 use tracing::Instrument;
 
+/// How long requests that were on their way when the server was told to stop have to come in: longer than a busy
+/// machine needs to look at all its sockets.
+const LAST_CALL: Duration = Duration::from_millis(200);
+
 /// What every handler sees.
 pub struct App {
     /// The settings.
@@ -45,7 +49,11 @@ impl App {
 
     /// Whether new requests should be sent here.
     pub fn is_ready(&self) -> bool {
-        self.engine.get().is_some() && !self.stopping.load(Ordering::Relaxed)
+        self.engine.get().is_some() && !self.is_stopping()
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
     }
 }
 
@@ -84,7 +92,7 @@ pub async fn serve(
     let open: Vec<_> = doors.iter().map(Door::counter).collect();
     let open = || open.iter().map(|count| count()).sum::<usize>();
     let certificates: Vec<_> = doors.iter().filter_map(|d| d.tls.clone()).collect();
-    let (close, closed) = watch::channel(false);
+    let (close, closed) = watch::channel(Stage::Open);
     for door in doors {
         let router = match door.speaks {
             Speaks::Http => router(app.clone()),
@@ -127,10 +135,15 @@ pub async fn serve(
         tokio::task::spawn_blocking(move || app.engine.get().map(|engine| engine.reload(which)));
     }
     app.stopping.store(true, Ordering::Relaxed);
-    let _ = close.send(true);
+    let _ = close.send(Stage::LastCall);
     tracing::info!(connections = open(), "stopping");
+    let drained = async {
+        tokio::time::sleep(LAST_CALL.min(limits.drain_timeout / 2)).await;
+        let _ = close.send(Stage::Closed);
+        close.closed().await
+    };
     tokio::select! {
-        () = close.closed() => Ok(()),
+        () = drained => Ok(()),
         () = tokio::time::sleep(limits.drain_timeout) => {
             let (left, seconds) = (open(), limits.drain_timeout.as_secs_f32());
             Err(Error::invalid(format!("stopped with {left} connections unanswered after {seconds} s")))
@@ -200,7 +213,16 @@ fn router(app: Arc<App>) -> Router {
             .allow_origin(app.config.cors_allow_origin.clone());
         router = router.layer(cors);
     }
-    router.layer(from_fn(observe)).with_state(app)
+    router.layer(from_fn_with_state(app.clone(), say_goodbye)).layer(from_fn(observe)).with_state(app)
+}
+
+/// Tells the clients of a server that stops not to send more on their connections.
+async fn say_goodbye(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    if app.is_stopping() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 fn grpc_router(app: Arc<App>) -> Router {

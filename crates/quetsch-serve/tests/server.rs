@@ -454,6 +454,28 @@ fn stopping_answers_what_was_accepted() {
     assert!(std::net::TcpStream::connect(address).is_err(), "nobody listens any more");
 }
 
+/// Requests whose bytes are still in the operating system when the server is told to stop, on kept-alive and on new
+/// connections.
+#[test]
+fn stopping_answers_what_was_sent() {
+    let mut server = start(|_| {});
+    let body = json!({ "inputs": TEXTS[0] }).to_string();
+    let mut clients: Vec<_> = (0..16).map(|_| server.connect()).collect();
+    for client in &mut clients[..8] {
+        assert_eq!(client.send("GET", "/health", &[], b"").status, 200, "kept alive");
+    }
+    for client in &mut clients {
+        client.head("POST", "/predict", &[JSON], body.len());
+        client.write(body.as_bytes());
+    }
+    server.stop();
+    for client in &mut clients {
+        let found = client.read().expect("an answer");
+        assert_eq!((found.status, list(&found.json())), (200, expected("tiny_student", TEXTS[0])));
+    }
+    server.finish().unwrap();
+}
+
 #[test]
 fn stopping_has_a_limit() {
     let server = start(|c| c.limits.drain_timeout = Duration::from_millis(200));

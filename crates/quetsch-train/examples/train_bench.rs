@@ -1,12 +1,14 @@
 //! How fast training runs here, as one line of JSON.
 //!
 //! ```text
-//! train_bench step SHAPE PRECISION [--batch N] [--steps N] [--freeze]
-//!     full steps on sentences of 32 random tokens, random weights; SHAPE is layers x width, such as 6x384 or 12x768
-//! train_bench epoch DIR FILE PRECISION [--batch N] [--steps N] [--freeze]
+//! train_bench step SHAPE PRECISION [--batch N] [--tokens N] [--steps N] [--freeze] [--recompute]
+//!     full steps on sentences of 32 (or --tokens) random tokens, random weights; SHAPE is layers x width, such as 6x384
+//!     or 12x768
+//! train_bench epoch DIR FILE PRECISION [--batch N] [--steps N] [--freeze] [--recompute]
 //!     one epoch of FILE (a text and a label column) from the model in DIR; with --steps, so many steps of it
 //! ```
-//! PRECISION is auto, f32 or bf16; --freeze keeps the word table; 2 threads, or --threads N.
+//! PRECISION is auto, f32 or bf16; --freeze keeps the word table; --recompute runs layers again in the
+//! backward; 2 threads, or --threads N.
 
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
@@ -34,7 +36,7 @@ struct Work {
 
 fn main() -> Result<()> {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
-    let freeze = flag(&mut args, "--freeze");
+    let (freeze, recompute) = (flag(&mut args, "--freeze"), flag(&mut args, "--recompute"));
     let mut number = |name: &str| -> Result<Option<usize>> {
         let Some(at) = args.iter().position(|a| a == name) else { return Ok(None) };
         let value = args.get(at + 1).ok_or(format!("{name} needs a number"))?.parse()?;
@@ -42,8 +44,9 @@ fn main() -> Result<()> {
         Ok(Some(value))
     };
     let (batch, steps, threads) = (number("--batch")?, number("--steps")?, number("--threads")?.unwrap_or(2));
+    let tokens = number("--tokens")?.unwrap_or(32);
     let (work, precision) = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["step", shape, precision] => (random(shape, batch, steps.unwrap_or(10))?, precision),
+        ["step", shape, precision] => (random(shape, batch, tokens, steps.unwrap_or(10))?, precision),
         ["epoch", dir, file, precision] => (real(dir, file, batch.unwrap_or(64), steps, threads)?, precision),
         _ => return Err("expected: step SHAPE PRECISION, or: epoch DIR FILE PRECISION".into()),
     };
@@ -53,7 +56,7 @@ fn main() -> Result<()> {
         "bf16" => Precision::Bf16,
         other => return Err(format!("precision {other}: expected auto, f32 or bf16").into()),
     };
-    measure(&work, precision, freeze, threads)
+    measure(&work, precision, [freeze, recompute], threads)
 }
 
 fn flag(args: &mut Vec<String>, name: &str) -> bool {
@@ -62,7 +65,7 @@ fn flag(args: &mut Vec<String>, name: &str) -> bool {
     args.len() < before
 }
 
-fn random(shape: &str, batch: Option<usize>, steps: usize) -> Result<Work> {
+fn random(shape: &str, batch: Option<usize>, tokens: usize, steps: usize) -> Result<Work> {
     let (layers, width) = shape.split_once('x').ok_or(format!("shape {shape}: expected layers x width"))?;
     let (layers, hidden): (usize, usize) = (layers.parse()?, width.parse()?);
     let layer = LayerShape { heads: (0..12).collect(), ffn: 4 * hidden };
@@ -84,7 +87,7 @@ fn random(shape: &str, batch: Option<usize>, steps: usize) -> Result<Work> {
     let batch = batch.unwrap_or(if hidden <= 384 { 32 } else { 16 });
     let mut rng = Rng::new(42);
     let mut sentence =
-        || Encoding { ids: (0..32).map(|_| 1000 + rng.below(29000) as u32).collect(), types: vec![] };
+        || Encoding { ids: (0..tokens).map(|_| 1000 + rng.below(29000) as u32).collect(), types: vec![] };
     let encodings: Vec<Encoding> = (0..batch * (WARM_UP + steps)).map(|_| sentence()).collect();
     let labels = (0..encodings.len() as u32).map(|i| i % 77).collect();
     let start = Checkpoint::random(spec, (0..77).map(|i| i.to_string()).collect(), 42)?;
@@ -104,7 +107,7 @@ fn real(path: &str, file: &str, batch: usize, steps: Option<usize>, threads: usi
 /// Steps that are not counted.
 const WARM_UP: usize = 3;
 
-fn measure(work: &Work, precision: Precision, freeze: bool, threads: usize) -> Result<()> {
+fn measure(work: &Work, precision: Precision, [freeze, recompute]: [bool; 2], threads: usize) -> Result<()> {
     let settings = FitSettings {
         epochs: 1,
         batch_size: work.batch,
@@ -121,6 +124,7 @@ fn measure(work: &Work, precision: Precision, freeze: bool, threads: usize) -> R
         threads,
         precision,
         sparsity: Sparsity::Free,
+        recompute,
         quant: None,
     };
     let set = TrainSet::sentences(&work.encodings, &work.labels);
@@ -144,7 +148,7 @@ fn measure(work: &Work, precision: Precision, freeze: bool, threads: usize) -> R
     let sentences_per_s = (counted.len() * work.batch) as f64 / counted.iter().sum::<f64>() * 1e3;
     counted.sort_by(f64::total_cmp);
     println!(
-        r#"{{"work": "{}", "batch": {}, "precision": "{}", "isa": "{}", "threads": {threads}, "frozen": {freeze}, "steps": {}, "ms_median": {:.1}, "ms_min": {:.1}, "sentences_per_s": {sentences_per_s:.0}, "peak_rss_mb": {:.0}}}"#,
+        r#"{{"work": "{}", "batch": {}, "precision": "{}", "isa": "{}", "threads": {threads}, "frozen": {freeze}, "recompute": {recompute}, "steps": {}, "ms_median": {:.1}, "ms_min": {:.1}, "sentences_per_s": {sentences_per_s:.0}, "peak_rss_mb": {:.0}}}"#,
         work.name,
         work.batch,
         precision.name(),

@@ -191,8 +191,14 @@ type Seeds = Vec<(Node, Vec<f32>)>;
 
 impl Features<'_> {
     /// Whether this can work for a student and its data.
-    pub(crate) fn check(&self, student: &ModelSpec, set: &TrainSet) -> Result<()> {
+    pub(crate) fn check(&self, student: &ModelSpec, set: &TrainSet, recompute: bool) -> Result<()> {
         self.links.iter().try_for_each(|l| l.check(student, self.teacher.spec()))?;
+        if recompute && self.links.iter().any(|l| matches!(l.compare, Compare::Attention | Compare::Relation(..))) {
+            return Err(Error::invalid(
+                "attention maps and relations compare what `recompute` does not keep: learn hidden states, or leave \
+                 `recompute` out",
+            ));
+        }
         let tokens = |e: &[Encoding]| e.iter().map(|e| e.ids.len()).collect::<Vec<_>>();
         if tokens(self.encodings) != tokens(set.encodings) {
             return Err(Error::invalid(

@@ -53,6 +53,8 @@ pub struct FitSettings {
     pub threads: usize,
     /// What the products of linear layers are computed in; weights, sums and everything else are f32.
     pub precision: Precision,
+    /// Whether the backward computes what is inside a layer again, to save memory; the result has the same bits.
+    pub recompute: bool,
     /// What happens to weights that are exactly 0.
     pub sparsity: Sparsity,
     /// Quantisation in the forward; the checkpoints that [`Event::Epoch`] and the result hold are quantised then.
@@ -211,7 +213,7 @@ fn check(start: &Checkpoint, set: &TrainSet, objective: &Objective, s: &FitSetti
         return bad(format!("a class weight is {w}, expected a number above 0"));
     }
     s.sparsity.check()?;
-    objective.features().map_or(Ok(()), |f| f.check(&start.spec, set))?;
+    objective.features().map_or(Ok(()), |f| f.check(&start.spec, set, s.recompute))?;
     objective.soft().map_or(Ok(()), |soft| check_soft(&soft, units, labels))
 }
 
@@ -341,6 +343,7 @@ pub fn fit(
                 dropout: s.dropout,
                 seed: s.seed,
                 masks: None,
+                recompute: s.recompute,
             };
             let (losses, _) = gradients(&task, step as u64, examples, s.batch_size, &mut workers)?;
             if !losses.total.is_finite() {

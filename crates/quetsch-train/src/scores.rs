@@ -119,6 +119,7 @@ pub fn mask_gradients(
         dropout: Dropout::default(),
         seed: 0,
         masks: Some(&masks),
+        recompute: false,
     };
     let mut workers = Worker::team(&params, sample.threads);
     let lengths: Vec<usize> = set.encodings.iter().map(|e| e.ids.len()).collect();

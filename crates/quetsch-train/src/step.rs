@@ -71,6 +71,8 @@ pub struct Task<'a> {
     pub seed: u64,
     /// Masks on heads and channels whose gradients are wanted.
     pub masks: Option<&'a Masks>,
+    /// Whether the backward computes what is inside a layer again ([`Tape::recompute`]); not with masks.
+    pub recompute: bool,
 }
 
 /// Tokens that one forward of one thread sees at most (one sentence if that is longer): large enough for matrix
@@ -105,6 +107,9 @@ pub fn gradients(
     micro: usize,
     workers: &mut [Worker],
 ) -> Result<(Losses, MaskGrads)> {
+    if task.recompute && task.masks.is_some() {
+        return Err(Error::invalid("gradients of masks inside a layer need its activations: not with `recompute`"));
+    }
     let tokens = examples.iter().map(|e| task.set.encodings[*e].ids.len()).sum();
     let units: Vec<usize> = examples.iter().flat_map(|e| task.set.units.range(*e)).collect();
     let pairs = examples.iter().map(|e| task.set.units.range(*e).len().saturating_sub(1)).sum();
@@ -205,7 +210,7 @@ fn run_shard(
             .map_err(|e| Error::invalid(format!("training examples {examples:?}: {e}")))?;
         let units = Rows::of(task.set, examples);
         let draw = Draw { rate: task.dropout, seed: task.seed, step, examples };
-        let mut tape = Tape::new(task.params, draw, &mut w.buffers);
+        let mut tape = Tape::new(task.params, draw, &mut w.buffers).recompute(task.recompute);
         let mut taps = features.map(|f| Taps::new(f.links));
         let logits = forward(&mut With { ops: &mut tape, hook: (task.masks, taps.as_mut()) }, spec, &batch);
         let (rows, width) = (units.take(tape.value(logits), spec.head.labels()), spec.head.labels());

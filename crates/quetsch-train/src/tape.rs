@@ -7,7 +7,7 @@
 use crate::params::{Grads, Params};
 use crate::qat::Site;
 use quetsch::batch::Batch;
-use quetsch::ops::{Inspect, Ops};
+use quetsch::ops::{self, Inspect, Ops};
 use quetsch::rng::key;
 use quetsch::runtime::linear::Input;
 use quetsch::runtime::reads::Reads;
@@ -50,6 +50,20 @@ enum Op {
     Dropout { site: DropSite, x: Node },
     /// x[:, c] * scale[group of c], whose gradient is wanted.
     ScaleColumns { x: Node, before: Vec<f32>, scale: Vec<f32>, at: At },
+    /// A whole layer, whose ops the backward records again.
+    Layer { layer: usize, x: Node },
+}
+
+impl Op {
+    /// What it kept for its backward.
+    fn kept(self) -> [Vec<f32>; 2] {
+        match self {
+            Op::Embed { z, inv } | Op::AddNorm { z, inv, .. } => [z, inv],
+            Op::Linear { pre: kept, .. } | Op::Attention { probs: kept, .. } => [kept, vec![]],
+            Op::ScaleColumns { before, .. } => [before, vec![]],
+            Op::Pool { .. } | Op::Dropout { .. } | Op::Layer { .. } => [vec![], vec![]],
+        }
+    }
 }
 
 /// Rates of dropout.
@@ -174,12 +188,34 @@ pub struct Tape<'a> {
     buffers: &'a mut Buffers,
     batch: Batch,
     values: Vec<Value>,
+    recompute: bool,
+    /// The input of the layer that is being recorded.
+    input: Option<Node>,
 }
 
 impl<'a> Tape<'a> {
     /// An empty tape.
     pub fn new(params: &'a Params, draw: Draw<'a>, buffers: &'a mut Buffers) -> Tape<'a> {
-        Tape { params, draw, buffers, batch: Batch::default(), values: vec![] }
+        Tape { params, draw, buffers, batch: Batch::default(), values: vec![], recompute: false, input: None }
+    }
+
+    /// Whether only the output of each layer is kept, and its ops are run once more in the backward (Chen et al. 2016,
+    /// "Training Deep Nets with Sublinear Memory Cost"): memory for one layer's activations instead of all, for a
+    /// third more time. Gradients are the same to the bit; nothing inside a layer can be tapped or masked.
+    pub fn recompute(mut self, recompute: bool) -> Tape<'a> {
+        self.recompute = recompute;
+        self
+    }
+
+    /// Keeps the output of a layer, the last node, and nothing else after the layer's input.
+    fn keep_output(&mut self, layer: usize, input: Node, output: Node) -> Node {
+        debug_assert_eq!(output.0 + 1, self.values.len());
+        let (rows, cols) = (self.values[output.0].rows, self.values[output.0].cols);
+        let data = self.consume(output);
+        for v in self.values.drain(input.0 + 1..) {
+            v.op.kept().into_iter().chain([v.data]).for_each(|b| self.buffers.give(b));
+        }
+        self.push(rows, cols, data, Op::Layer { layer, x: input })
     }
 
     /// A node's values, unless a later op took them.
@@ -199,6 +235,7 @@ impl<'a> Tape<'a> {
     /// Adds the gradients of all parameters to `grads`, given those of some nodes, and returns those of the
     /// masks, a row `[groups]` for each sentence. The tape's buffers are free afterwards.
     pub fn backward(mut self, of: Vec<(Node, Vec<f32>)>, grads: &mut Grads) -> BTreeMap<At, Vec<f32>> {
+        self.recompute = false; // from here on layers are recorded to be read
         let mut masks = BTreeMap::new();
         let mut nodes: Vec<Vec<f32>> = self.values.iter().map(|_| vec![]).collect();
         for (node, gradient) in of {
@@ -250,6 +287,14 @@ impl<'a> Tape<'a> {
                     self.draw.apply(site, &mut dx, cols, &self.batch);
                     self.accumulate(&mut nodes[x.0], dx);
                     self.buffers.give(v.data);
+                    continue;
+                }
+                Op::Layer { layer, x } => {
+                    self.buffers.give(v.data);
+                    let batch = self.batch.clone();
+                    let output = ops::layer(&mut self, layer, x, &batch);
+                    nodes.resize(self.values.len(), vec![]);
+                    nodes[output.0] = dy;
                     continue;
                 }
                 Op::ScaleColumns { x, before, scale, at } => {
@@ -545,6 +590,19 @@ impl Ops for Tape<'_> {
         let (rows, cols) = (self.values[x.0].rows, self.values[x.0].cols);
         self.draw.apply(site, &mut data, cols, batch);
         self.push(rows, cols, data, Op::Dropout { site, x })
+    }
+
+    fn tap(&mut self, at: At, x: Node) -> Node {
+        if !self.recompute {
+            return x;
+        }
+        let x = match (at, self.input) {
+            (At::Embedded | At::Projected, _) => x,
+            (At::Hidden(layer), Some(input)) => self.keep_output(layer, input, x),
+            _ => return x,
+        };
+        self.input = Some(x);
+        x
     }
 }
 

@@ -1,5 +1,5 @@
 //! After the first steps, a step allocates lists of indices, but no buffer: neither activations nor gradients nor packed
-//! operands.
+//! operands. Recomputing layers needs the activations of one layer instead of all.
 
 #![allow(unsafe_code)] // an allocator that counts
 #![allow(clippy::unwrap_used)]
@@ -7,6 +7,7 @@
 mod common;
 
 use common::sentences;
+use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
 use quetsch_train::optim::{AdamW, Rates};
@@ -14,6 +15,7 @@ use quetsch_train::params::Params;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::{Dropout, Hard, Objective, Precision};
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// An index list of a batch stays below this; the smallest buffer, of 200 tokens times 64, is three times as large.
@@ -21,15 +23,20 @@ const LARGE: usize = 16 << 10;
 
 struct Counting;
 static BUFFERS: AtomicUsize = AtomicUsize::new(0);
+static BYTES: AtomicUsize = AtomicUsize::new(0);
+/// Held by a test while it counts.
+static COUNT: Mutex<()> = Mutex::new(());
 
 // SAFETY: every call is passed to the system allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, l: Layout) -> *mut u8 {
         BUFFERS.fetch_add(usize::from(l.size() >= LARGE), Ordering::Relaxed);
+        BYTES.fetch_add(l.size(), Ordering::Relaxed);
         // SAFETY: as the caller promised.
         unsafe { System.alloc(l) }
     }
     unsafe fn dealloc(&self, p: *mut u8, l: Layout) {
+        BYTES.fetch_sub(l.size(), Ordering::Relaxed);
         // SAFETY: as the caller promised.
         unsafe { System.dealloc(p, l) }
     }
@@ -38,24 +45,30 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-#[test]
-fn steps_after_the_first_allocate_no_buffer() {
+/// A model of so many layers and positions.
+fn spec(layers: usize, positions: usize) -> ModelSpec {
     let layer = LayerShape { heads: vec![0, 1, 2, 3], ffn: 128 };
-    let spec = ModelSpec {
+    ModelSpec {
         family: Family::Bert,
         prefix: "bert.".into(),
         vocab: 30,
-        positions: 16,
+        positions,
         token_types: 2,
         hidden: 64,
         head_dim: 16,
         original_heads: 4,
-        layers: vec![layer; 3],
+        layers: vec![layer; layers],
         ffn_activation: Activation::Gelu,
         norm_eps: 1e-12,
         head: HeadSpec::MeanMlp { labels: 3 },
         unused_pooler: false,
-    };
+    }
+}
+
+#[test]
+fn steps_after_the_first_allocate_no_buffer() {
+    let _alone = COUNT.lock().unwrap();
+    let spec = spec(3, 16);
     let labels = ["a", "b", "c"].map(String::from).to_vec();
     let ck = Checkpoint::random(spec, labels, 1).unwrap();
     let encodings = sentences(300, 30, 4);
@@ -74,7 +87,8 @@ fn steps_after_the_first_allocate_no_buffer() {
                 let before = BUFFERS.load(Ordering::Relaxed);
                 let examples: Vec<usize> = (first..first + 100).collect();
                 adamw.catch_up(&mut params, examples.iter().flat_map(|e| &encodings[*e].ids));
-                let task = Task { params: &params, set, objective, dropout, seed: 1, masks: None };
+                let task =
+                    Task { params: &params, set, objective, dropout, seed: 1, masks: None, recompute: false };
                 gradients(&task, round, &examples, 100, &mut team).unwrap();
                 adamw.update(&mut params, &mut team, rates);
                 counts.push(BUFFERS.load(Ordering::Relaxed) - before);
@@ -84,4 +98,28 @@ fn steps_after_the_first_allocate_no_buffer() {
         // Batches of other sizes settle on buffers that fit all of them.
         assert!(counts[15..].iter().all(|n| *n == 0), "{precision:?}: {counts:?}");
     }
+}
+
+/// What a worker keeps for its forwards, twelve layers and sentences of 200 tokens.
+#[test]
+fn recomputing_needs_the_memory_of_a_layer() {
+    let _alone = COUNT.lock().unwrap();
+    let labels = ["a", "b", "c"].map(String::from).to_vec();
+    let ck = Checkpoint::random(spec(12, 200), labels, 1).unwrap();
+    let encodings: Vec<Encoding> = (0..3).map(|i| Encoding { ids: vec![i; 200], ..Encoding::default() }).collect();
+    let labels = [0, 1, 2];
+    let set = TrainSet::sentences(&encodings, &labels);
+    let objective = Objective::CrossEntropy(Hard::default());
+    let params = Params::with(&ck, &[], Precision::F32, 1);
+    let activations = |recompute| {
+        let mut team = Worker::team(&params, 1);
+        let task =
+            Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None, recompute };
+        let before = BYTES.load(Ordering::Relaxed);
+        gradients(&task, 0, &[0, 1, 2], 3, &mut team).unwrap();
+        BYTES.load(Ordering::Relaxed) - before
+    };
+    let (all, one) = (activations(false), activations(true));
+    // One layer's and twelve outputs: of the about 25 rows of width 64 that a token keeps in a layer, one is the output.
+    assert!(one < all / 4, "{one} of {all} bytes");
 }

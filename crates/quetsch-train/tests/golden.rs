@@ -64,8 +64,15 @@ fn gradients_are_pytorchs() {
         for (objective, key, total) in [(Objective::CrossEntropy(Hard::default()), "ce", "ce"), (kd, "kd", "kd")] {
             for threads in [1, 2] {
                 let set = TrainSet::sentences(&g.encodings, &g.labels);
-                let task =
-                    Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None };
+                let task = Task {
+                    params: &params,
+                    set,
+                    objective,
+                    dropout: Dropout::default(),
+                    seed: 1,
+                    masks: None,
+                    recompute: false,
+                };
                 let mut team = Worker::team(&params, threads);
                 let (loss, _) = gradients(&task, 0, &[0, 1, 2], 3, &mut team).unwrap();
                 assert!((loss.total - g.json["result"][total].as_f64().unwrap()).abs() < 1e-5, "{name} {key}");
@@ -256,7 +263,7 @@ fn gradients_on_words_are_those_of_finite_differences() {
     let examples: Vec<usize> = (0..g.encodings.len()).collect();
     let run = |ck: &Checkpoint| {
         let params = Params::new(ck, &[]);
-        let task = Task { params: &params, set, objective, dropout, seed: 3, masks: None };
+        let task = Task { params: &params, set, objective, dropout, seed: 3, masks: None, recompute: false };
         let mut team = Worker::team(&params, 2);
         let (loss, _) = gradients(&task, 0, &examples, 8, &mut team).unwrap();
         (loss.total, team, params.table)
@@ -347,7 +354,15 @@ fn the_loss_of_hidden_states_is_pytorchs() {
     let embeddings = mse(&g.tensor("a.embedded"), &t.tensor("a.embedded"));
     for threads in [1, 2] {
         let loss = |objective| {
-            let task = Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None };
+            let task = Task {
+                params: &params,
+                set,
+                objective,
+                dropout: Dropout::default(),
+                seed: 1,
+                masks: None,
+                recompute: false,
+            };
             gradients(&task, 0, &[0, 1, 2], 3, &mut Worker::team(&params, threads)).unwrap().0
         };
         let objective = Objective::Distill(Hard::default(), soft);

@@ -79,7 +79,7 @@ fn check_differences(ck: Checkpoint, dropout: Dropout, frozen: &[String]) {
             .collect(),
     );
     fn task<'a>(params: &'a Params, set: TrainSet<'a>, dropout: Dropout, masks: &'a Masks) -> Task<'a> {
-        Task { params, set, objective: CE, dropout, seed: 5, masks: Some(masks) }
+        Task { params, set, objective: CE, dropout, seed: 5, masks: Some(masks), recompute: false }
     }
     let examples = [0, 1, 2, 3, 4];
     let mut team = Worker::team(&params, 1);
@@ -147,7 +147,8 @@ fn gradients_in_bf16_are_near_those_in_f32() {
         let ck = lively(uneven(head), 11);
         let gradient = |precision| {
             let params = Params::with(&ck, &[], precision, 2);
-            let task = Task { params: &params, set, objective: CE, dropout, seed: 5, masks: None };
+            let task =
+                Task { params: &params, set, objective: CE, dropout, seed: 5, masks: None, recompute: false };
             let mut team = Worker::team(&params, 1);
             let (loss, _) = gradients(&task, 3, &examples, 40, &mut team).unwrap();
             (loss.total, team.remove(0).grads)
@@ -341,7 +342,15 @@ fn accumulating_is_one_batch_with_class_weights_too() {
     let soft = Soft { alpha: 0.5, temperature: 2.0, logits: &teacher, logits_weight: 0.1, ..Soft::default() };
     for objective in [Objective::CrossEntropy(hard), Objective::Distill(hard, soft)] {
         let params = Params::new(&ck, &[]);
-        let task = Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None };
+        let task = Task {
+            params: &params,
+            set,
+            objective,
+            dropout: Dropout::default(),
+            seed: 1,
+            masks: None,
+            recompute: false,
+        };
         let examples: Vec<usize> = (0..32).collect();
         let gradient = |micro, threads| {
             let mut team = Worker::team(&params, threads);
@@ -525,7 +534,7 @@ fn gradients_from_inside_are_finite_differences() {
         }
         let run = |params: &Params, team: &mut [Worker]| {
             let set = TrainSet::sentences(&encodings, &labels);
-            let task = Task { params, set, objective, dropout: DROPOUT, seed: 5, masks: None };
+            let task = Task { params, set, objective, dropout: DROPOUT, seed: 5, masks: None, recompute: false };
             gradients(&task, 3, &[0, 1, 2, 3, 4], 5, team).unwrap().0
         };
         let mut team = Worker::team(&params, 1);
@@ -554,6 +563,40 @@ fn gradients_from_inside_are_finite_differences() {
         }
         assert!(bad.is_empty() && checked > 200, "{checked}: {}", bad.join("\n"));
     }
+}
+
+/// A run that computes layers again in its backward ends with the same bytes, also where it learns hidden states; what
+/// is inside a layer cannot be learned then.
+#[test]
+fn recomputed_layers_change_no_bit() {
+    let (encodings, labels) = (sentences(40, 30, 9), labels(40));
+    let set = TrainSet::sentences(&encodings, &labels);
+    let run = |ck: &Checkpoint, objective: &Objective, precision, recompute| {
+        let s = FitSettings { epochs: 2, dropout: DROPOUT, precision, recompute, ..settings() };
+        fit(ck, &set, objective, &s, None, &mut |_| ControlFlow::Continue(()))
+    };
+    let same = |ck: &Checkpoint, objective: &Objective, precision| {
+        let [kept, again] = [false, true].map(|recompute| run(ck, objective, precision, recompute).unwrap());
+        assert_eq!(distance(&kept.checkpoint, &again.checkpoint), 0.0, "{precision:?}");
+    };
+    for (family, precision) in FAMILIES.into_iter().zip([Precision::F32, Precision::Bf16].into_iter().cycle()) {
+        same(&lively(in_family(uneven(HEADS[1]), family), 11), &CE, precision);
+    }
+    let ck = lively(uneven(HEADS[0]), 11);
+    let teacher = Model::pack(&lively(ModelSpec { hidden: 16, ..uneven(HEADS[1]) }, 12));
+    let logits = teacher.logits(&encodings, 1).unwrap();
+    let links = |compare| Link::of(compare, &[(0, vec![0]), (2, vec![2])], 1.0);
+    let kd = |links| {
+        let features = Some(Features { teacher: &teacher, encodings: &encodings, links });
+        Objective::Distill(
+            Hard::default(),
+            Soft { alpha: 0.5, temperature: 2.0, logits: &logits, features, ..Soft::default() },
+        )
+    };
+    let (hidden, relations) = (links(Compare::Hidden(Measure::Mse)), links(Compare::Relation(Qkv::Value, 1)));
+    same(&ck, &kd(&hidden), Precision::F32);
+    let refused = run(&ck, &kd(&relations), Precision::F32, true).err().unwrap().to_string();
+    assert!(refused.contains("recompute"), "{refused}");
 }
 
 /// A student learns the hidden states of a narrower teacher, and goes on after an interruption to the same bytes.
@@ -625,7 +668,8 @@ fn scores_are_those_of_single_examples() {
         mask[unit] = value;
         let masks = Masks([(at, mask)].into());
         let dropout = Dropout::default();
-        let task = Task { params: &params, set, objective: ce, dropout, seed: 0, masks: Some(&masks) };
+        let task =
+            Task { params: &params, set, objective: ce, dropout, seed: 0, masks: Some(&masks), recompute: false };
         gradients(&task, 0, &[example], 1, &mut Worker::team(&params, 1)).unwrap().0.total
     };
     let step = 1e-2f32;

@@ -174,7 +174,8 @@ fn pooled(ck: &Checkpoint, encodings: &[Encoding]) -> Vec<f32> {
 fn step(params: &Params, encodings: &[Encoding]) -> Worker {
     let (truth, examples) = (labels(encodings.len()), (0..encodings.len()).collect::<Vec<_>>());
     let set = TrainSet::sentences(encodings, &truth);
-    let task = Task { params, set, objective: CE, dropout: Dropout::default(), seed: 1, masks: None };
+    let task =
+        Task { params, set, objective: CE, dropout: Dropout::default(), seed: 1, masks: None, recompute: false };
     let mut team = Worker::team(params, 1);
     gradients(&task, 0, &examples, encodings.len(), &mut team).unwrap();
     team.remove(0)

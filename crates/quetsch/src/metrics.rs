@@ -6,6 +6,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use statrs::distribution::{Binomial, DiscreteCDF};
 
@@ -24,7 +25,7 @@ const RESAMPLING_SEED: u64 = 0;
 const CONFUSIONS: usize = 20;
 
 /// What [`evaluate`] measures.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Metrics {
     /// Rows.
     pub n: usize,
@@ -54,7 +55,7 @@ pub struct Metrics {
 }
 
 /// The rows whose confidence, the probability of the prediction, falls into one bin.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Reliability {
     /// Their mean confidence.
     pub confidence: f64,
@@ -65,7 +66,7 @@ pub struct Reliability {
 }
 
 /// One label's share. A ratio of nothing to nothing is 0.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct ClassMetrics {
     /// The label.
     pub label: String,
@@ -80,7 +81,7 @@ pub struct ClassMetrics {
 }
 
 /// Rows of one label predicted as another.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Confusion {
     /// The truth.
     pub truth: String,
@@ -91,7 +92,7 @@ pub struct Confusion {
 }
 
 /// What [`agreement`] measures.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Agreement {
     /// The share of rows with the same prediction, 0..1.
     pub agreement: f64,
@@ -112,7 +113,7 @@ pub struct Agreement {
 }
 
 /// McNemar's exact test: of the rows that one side alone has right, does each side have its half?
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct McNemar {
     /// Rows that only the parent has right.
     pub parent_only: usize,

@@ -49,8 +49,8 @@ pub fn encode<O: Ops>(ops: &mut O, spec: &ModelSpec, batch: &Batch) -> O::Act {
     (0..spec.layers.len()).fold(x, |x, l| layer(ops, l, x, batch))
 }
 
-/// One post-LayerNorm BERT layer (Devlin et al. 2019).
-fn layer<O: Ops>(ops: &mut O, l: usize, x: O::Act, batch: &Batch) -> O::Act {
+/// One post-LayerNorm BERT layer (Devlin et al. 2019): `[tokens, hidden]` -> `[tokens, hidden]`.
+pub fn layer<O: Ops>(ops: &mut O, l: usize, x: O::Act, batch: &Batch) -> O::Act {
     let qkv = ops.qkv(l, &x);
     let qkv = ops.tap(At::Qkv(l), qkv);
     let context = ops.attention(l, qkv, batch);

@@ -14,6 +14,7 @@ use quetsch::runtime::peak::operations_per_second;
 use quetsch::runtime::stream::stream;
 use quetsch::runtime::{Classifier, Session};
 use quetsch::spec::Tensor;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -49,7 +50,7 @@ pub struct Bench {
 }
 
 /// What was measured.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Speed {
     /// Threads.
     pub threads: usize,
@@ -86,7 +87,7 @@ fn one() -> usize {
 }
 
 /// Quantiles of a latency.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Latency {
     /// Median.
     pub p50: f64,
@@ -95,7 +96,7 @@ pub struct Latency {
 }
 
 /// Latency at one length.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct ByLength {
     /// Tokens of the sentence.
     pub tokens: usize,
@@ -110,7 +111,7 @@ pub struct ByLength {
 }
 
 /// Resident memory by part, in MB. What the system does not tell is nothing.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Memory {
     /// Before anything was loaded: the program, and the texts.
     pub process: Option<f64>,
@@ -125,7 +126,7 @@ pub struct Memory {
 }
 
 /// The cost of the forward.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Work {
     /// Multiply-accumulates of the linears for one token, by scheme, in 10^6.
     pub linear_mmac_per_token: BTreeMap<String, f64>,
@@ -140,7 +141,7 @@ pub struct Work {
 }
 
 /// Ratios to another model, each the median of rounds in which both were timed one after the other.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Against {
     /// The other model.
     pub model: PathBuf,

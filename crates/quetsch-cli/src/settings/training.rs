@@ -116,6 +116,10 @@ pub struct Training {
     /// What matrix products are computed in: bf16 where this CPU is faster at it (auto), f32 or bf16
     #[arg(long, value_enum, default_value_t = Training::default().precision)]
     pub precision: Precision,
+    /// Compute what is inside a layer again in the backward (gradient checkpointing): less memory for long texts, a
+    /// third more time, the same result
+    #[arg(long)]
+    pub recompute: bool,
     /// Leave tensors unchanged whose name contains one of these, such as word_embeddings
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     pub freeze: Vec<String>,
@@ -158,6 +162,7 @@ impl Default for Training {
             dropout: 0.1,
             head_dropout: 0.2,
             precision: Precision::Auto,
+            recompute: false,
             freeze: vec![],
             max_length: 256,
             keep_zeros: false,

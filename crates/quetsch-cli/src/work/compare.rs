@@ -16,6 +16,7 @@ use quetsch::dir;
 use quetsch::metrics::{self, Agreement, Distance, Figures, Metrics, Regression};
 use quetsch::runtime::Classifier;
 use quetsch::task::{Problem, Task};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -27,7 +28,7 @@ const FLIPS_SHOWN: usize = 40;
 const CURVE_POINTS: usize = 100;
 
 /// One line of the comparison.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct Variant {
     /// Stage id or folder.
     pub name: String,
@@ -99,7 +100,7 @@ impl Variant {
 }
 
 /// The label with the lowest recall.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Worst {
     /// The label.
     pub label: String,
@@ -110,7 +111,7 @@ pub struct Worst {
 }
 
 /// Figures on the test data with logits divided by a temperature fitted on other data. Reported only: the model stays.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Calibrated {
     /// The temperature.
     pub temperature: f64,
@@ -121,7 +122,7 @@ pub struct Calibrated {
 }
 
 /// One changed answer.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Flip {
     /// Row of the test data, from 0.
     pub row: usize,
@@ -136,7 +137,7 @@ pub struct Flip {
 }
 
 /// The data measured on.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 pub struct Measured {
     /// The file.
     pub test: String,
@@ -148,7 +149,7 @@ pub struct Measured {
 }
 
 /// Everything that a report shows. Layout: `docs/report.md`.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct Comparison {
     /// Layout of this JSON.
     pub version: u32,
@@ -180,7 +181,7 @@ pub struct Comparison {
 }
 
 /// A choice made on validation data.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Chosen {
     /// The variant; none if every one loses too much.
     pub variant: Option<String>,
@@ -418,4 +419,24 @@ pub fn measure(model: &Path, data: &Data, threads: usize) -> Result<Speed> {
         bail!("measuring {} failed: {}", model.display(), String::from_utf8_lossy(&done.stderr).trim());
     }
     serde_json::from_slice(&done.stdout).context("the process that measures wrote no JSON")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use schemars::generate::SchemaSettings;
+
+    /// `docs/report.schema.json` describes what is written. `QUETSCH_UPDATE=1` writes it anew.
+    #[test]
+    fn the_published_schema_is_that_of_the_report() {
+        let generator = SchemaSettings::draft2020_12().for_serialize().into_generator();
+        let schema = generator.into_root_schema_for::<Comparison>();
+        let found = serde_json::to_string_pretty(&schema).expect("JSON") + "\n";
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/report.schema.json");
+        if std::env::var_os("QUETSCH_UPDATE").is_some() {
+            std::fs::write(&path, &found).expect("written");
+        }
+        let published = std::fs::read_to_string(&path).expect("the schema");
+        assert!(published == found, "run this test with QUETSCH_UPDATE=1 and look at what changed");
+    }
 }

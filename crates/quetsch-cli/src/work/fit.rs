@@ -234,6 +234,7 @@ impl Fit<'_> {
             threads: self.threads,
             precision: s.precision.here(),
             sparsity: self.sparsity,
+            recompute: s.recompute,
             quant: self.quant.clone(),
         }
     }

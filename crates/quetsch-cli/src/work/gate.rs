@@ -7,6 +7,7 @@ use crate::ui::{mb, percent};
 use anyhow::Result;
 use comfy_table::{CellAlignment, Table, presets};
 use quetsch::task::{Problem, Task};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::fmt;
 use std::str::FromStr;
@@ -178,7 +179,7 @@ impl FromStr for Gate {
 }
 
 /// One gate looked at on one variant.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Checked {
     /// The gate as written.
     pub gate: String,

@@ -2,10 +2,11 @@
 
 use crate::ui::mb;
 use procfs::{CpuInfo, Current, Meminfo};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// What a reader of timings must know.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Machine {
     /// Model of the CPU.
     pub cpu: String,

@@ -3,6 +3,7 @@
 use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
 use quetsch::quant::{self, Scheme};
 use quetsch::spec::{Lin, Role, Tensor};
+use schemars::JsonSchema;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -33,7 +34,7 @@ pub fn bytes(stored: &Stored) -> usize {
 }
 
 /// Size of one part.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Part {
     /// embeddings, encoder, head or unused.
     pub part: &'static str,
@@ -60,7 +61,7 @@ pub fn coarse(ck: &Checkpoint) -> Vec<Part> {
 }
 
 /// How the weights are stored.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Storage {
     /// Linears by scheme.
     pub linears: BTreeMap<&'static str, Vec<String>>,

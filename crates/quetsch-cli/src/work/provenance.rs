@@ -4,6 +4,7 @@
 use super::corpus::hash_of;
 use crate::settings::Precision;
 use anyhow::Result;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ pub const FILE: &str = "provenance.json";
 const NOT_CONTENT: [&str; 3] = ["model", "teacher", "save-every"];
 
 /// What an output was made from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Provenance {
     /// Version of this file's layout.
     pub version: u32,

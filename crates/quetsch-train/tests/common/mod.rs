@@ -152,6 +152,7 @@ pub fn settings() -> FitSettings {
         seed: 7,
         threads: 2,
         sparsity: Sparsity::Free,
+        recompute: false,
         quant: None,
         precision: Precision::F32,
     }

@@ -4,10 +4,11 @@ use super::{
     Agreement, ClassMetrics, ECE_BINS, Metrics, Pair, Reliability, agreement, compare, evaluate, top_k, wilson,
 };
 use crate::task::{Problem, THRESHOLD, Targets, UNLABELLED, sigmoid};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Figures of a model on units of which something is known; the others are passed over.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Figures {
     /// Of labels.
@@ -17,7 +18,7 @@ pub enum Figures {
 }
 
 /// How far numbers are off; means over all outputs.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Regression {
     /// Units.
     pub n: usize,
@@ -34,7 +35,7 @@ pub struct Regression {
 }
 
 /// One output's share.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Output {
     /// Its name.
     pub name: String,
@@ -49,7 +50,7 @@ pub struct Output {
 }
 
 /// How far a child's numbers are from its parent's.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Distance {
     /// Mean of the absolute differences.
     pub mean: f64,

@@ -344,6 +344,42 @@ pub(crate) unsafe fn bf16(a: &[u32], row: usize, rows: usize, b: &[u32], words: 
     unsafe { product::<true>(o, 0..n.div_ceil(SIDE), finish) };
 }
 
+/// `steps` times four products between tiles that stay in their registers; how many multiply-adds those are.
+///
+/// # Safety
+/// [`state`] is past [`permission`].
+pub(crate) unsafe fn burst<const BF16: bool>(steps: usize) -> usize {
+    macro_rules! dots {
+        ($dot:literal) => {
+            asm!(
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                "2:",
+                concat!($dot, " tmm0, tmm4, tmm6"),
+                concat!($dot, " tmm1, tmm4, tmm7"),
+                concat!($dot, " tmm2, tmm5, tmm6"),
+                concat!($dot, " tmm3, tmm5, tmm7"),
+                "dec {n}",
+                "jnz 2b",
+                n = inout(reg) steps.max(1) => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, nomem),
+            )
+        };
+    }
+    // SAFETY: passed on; the products read and write tiles alone, within their shapes.
+    unsafe {
+        let _shapes = Shapes::new(SIDE);
+        if BF16 {
+            dots!("tdpbf16ps");
+        } else {
+            dots!("tdpbssd");
+        }
+    }
+    steps.max(1) * 4 * SIDE * SIDE * if BF16 { LINE / 2 } else { LINE }
+}
+
 /// Small products, of one tile and of several, against plain loops.
 fn trial() -> State {
     for (rows, panels, lines) in [(3, 1, 1), (16, 2, 2), (21, 3, 3), (41, 2, 1)] {

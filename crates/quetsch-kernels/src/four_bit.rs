@@ -18,7 +18,8 @@ type Codes = [u8; LINE];
 /// Columns of a panel.
 const LINE: usize = 16;
 
-/// What codes mean: map * scale of its block, rounded to f16 and then to bf16 where asked.
+/// What codes mean: map * scale of its block, rounded to f16 and then to bf16 where asked. Panels of bf16 hold values
+/// rounded to bf16, of which denormals may be zero: their products count them as zero.
 #[derive(Clone, Copy)]
 pub struct Values {
     /// By code.
@@ -95,16 +96,24 @@ impl Panels {
         let columns = LINE.min(self.n - first);
         // Neighbours are of one block unless it ends inside a byte.
         let halves = if self.k.is_multiple_of(2) && values.block.is_multiple_of(2) { 1 } else { 2 };
+        // With whole blocks in a row, all columns come to the next one at the same word.
+        let together = halves == 1 && self.k.is_multiple_of(values.block);
         let mut w = 0;
         while w < codes.len() {
             // Words for which no column comes to another block, and the scales of their halves.
             let (mut run, mut scales) = (codes.len() - w, [[0.0; LINE]; 2]);
-            for (half, scales) in scales.iter_mut().enumerate().take(halves.min(self.k - 2 * w)) {
-                for (c, to) in scales.iter_mut().enumerate().take(columns) {
-                    let at = (first + c) * self.k + 2 * w + half;
-                    let block = at / values.block;
-                    run = run.min(((block + 1) * values.block - at).div_ceil(2));
-                    *to = scale(block);
+            if together {
+                let (each, block) = (self.k / values.block, 2 * w / values.block);
+                run = values.block / 2;
+                (0..columns).for_each(|c| scales[0][c] = scale((first + c) * each + block));
+            } else {
+                for (half, scales) in scales.iter_mut().enumerate().take(halves.min(self.k - 2 * w)) {
+                    for (c, to) in scales.iter_mut().enumerate().take(columns) {
+                        let at = (first + c) * self.k + 2 * w + half;
+                        let block = at / values.block;
+                        run = run.min(((block + 1) * values.block - at).div_ceil(2));
+                        *to = scale(block);
+                    }
                 }
             }
             if halves == 1 {
@@ -124,8 +133,15 @@ impl Panels {
 fn expand(codes: &[Codes], scales: &[[f32; LINE]; 2], values: &Values, p: Precision, out: &mut [u32], isa: Isa) {
     #[cfg(target_arch = "x86_64")]
     if isa >= Isa::Avx512 {
-        // SAFETY: `isa` is at most what this CPU has.
-        return unsafe { expand_avx512(codes, scales, values, p, out) };
+        match p {
+            // SAFETY: `isa` is at most what this CPU has.
+            Precision::F32 => return unsafe { x86::f32_words(codes, scales, values, out) },
+            Precision::Bf16 if is_x86_feature_detected!("avx512bf16") => {
+                // SAFETY: as above, and the last feature was just seen.
+                return unsafe { x86::bf16_words(codes, scales, values, out) };
+            }
+            Precision::Bf16 => {}
+        }
     }
     let _ = isa;
     expand_plain(codes, scales, values, p, out);
@@ -158,56 +174,87 @@ kernel! {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn expand_avx512(codes: &[Codes], scales: &[[f32; LINE]; 2], values: &Values, p: Precision, out: &mut [u32]) {
+mod x86 {
+    use super::{Codes, LINE, Values};
     use std::arch::x86_64::*;
-    let (f16, bf16) = (values.f16, values.bf16);
-    // SAFETY: the map and both lines of scales have 16 floats.
-    let (map, low_scale, high_scale) = unsafe {
-        let [low, high] = scales;
-        (_mm512_loadu_ps(values.map.as_ptr()), _mm512_loadu_ps(low.as_ptr()), _mm512_loadu_ps(high.as_ptr()))
-    };
-    let half = |code: __m512i, scale: __m512| {
-        // The lookup reads the low four bits of a lane.
-        let mut v = _mm512_mul_ps(_mm512_permutexvar_ps(code, map), scale);
-        if f16 {
-            v = _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v));
+
+    /// The map times two lines of scales, by code; rounded to f16 where asked.
+    struct Products {
+        map: __m512,
+        scales: [__m512; 2],
+        f16: bool,
+    }
+
+    impl Products {
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        fn new(scales: &[[f32; LINE]; 2], values: &Values) -> Products {
+            // SAFETY: the map and both lines of scales have 16 floats.
+            let load = |line: &[f32; LINE]| unsafe { _mm512_loadu_ps(line.as_ptr()) };
+            Products { map: load(&values.map), scales: [load(&scales[0]), load(&scales[1])], f16: values.f16 }
         }
+
+        /// Of the first and of the second code of each byte.
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        fn of(&self, codes: &Codes) -> [__m512; 2] {
+            // SAFETY: 16 bytes.
+            let codes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
+            let product = |code: __m512i, scale: __m512| {
+                // The lookup reads the low four bits of a lane.
+                let v = _mm512_mul_ps(_mm512_permutexvar_ps(code, self.map), scale);
+                if !self.f16 {
+                    return v;
+                }
+                _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v))
+            };
+            [product(_mm512_srli_epi32::<4>(codes), self.scales[0]), product(codes, self.scales[1])]
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store(line: &mut [u32; LINE], v: __m512i) {
+        // SAFETY: 16 words.
+        unsafe { _mm512_storeu_si512(line.as_mut_ptr().cast(), v) }
+    }
+
+    /// Words of two bf16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub fn bf16_words(codes: &[Codes], scales: &[[f32; LINE]; 2], values: &Values, out: &mut [u32]) {
+        let products = Products::new(scales, values);
+        let halves: [u16; 2 * LINE] = std::array::from_fn(|i| (i % 2 * LINE + i / 2) as u16);
+        // SAFETY: 32 halves of a word.
+        let halves = unsafe { _mm512_loadu_si512(halves.as_ptr().cast()) };
+        for (codes, line) in codes.iter().zip(out.as_chunks_mut::<LINE>().0) {
+            let [low, high] = products.of(codes);
+            // SAFETY: both are 512 bits without invalid patterns.
+            let both = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) };
+            store(line, _mm512_permutexvar_epi16(halves, both));
+        }
+    }
+
+    /// Words of one f32.
+    #[target_feature(enable = "avx512f")]
+    pub fn f32_words(codes: &[Codes], scales: &[[f32; LINE]; 2], values: &Values, out: &mut [u32]) {
+        let products = Products::new(scales, values);
+        for (codes, lines) in codes.iter().zip(out.as_chunks_mut::<LINE>().0.as_chunks_mut::<2>().0) {
+            for (v, line) in products.of(codes).into_iter().zip(lines) {
+                store(line, if values.bf16 { round_to_bf16(v) } else { _mm512_castps_si512(v) });
+            }
+        }
+    }
+
+    /// As `math::bf16`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn round_to_bf16(v: __m512) -> __m512i {
         let bits = _mm512_castps_si512(v);
-        if !bf16 {
-            return bits;
-        }
-        // As `math::bf16`.
         let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
         let near = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
         let near = _mm512_mask_or_epi32(near, nan, bits, _mm512_set1_epi32(0x0040_0000));
         _mm512_and_si512(near, _mm512_set1_epi32(0xffff_0000u32 as i32))
-    };
-    let pairs = |codes: &Codes| {
-        // SAFETY: 16 bytes.
-        let codes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
-        (half(_mm512_srli_epi32::<4>(codes), low_scale), half(codes, high_scale))
-    };
-    let lines = out.as_chunks_mut::<LINE>().0;
-    let store = |line: &mut [u32; LINE], v: __m512i| {
-        // SAFETY: 16 words.
-        unsafe { _mm512_storeu_si512(line.as_mut_ptr().cast(), v) }
-    };
-    match p {
-        Precision::Bf16 => {
-            for (codes, line) in codes.iter().zip(lines) {
-                let (low, high) = pairs(codes);
-                store(line, _mm512_or_si512(_mm512_srli_epi32::<16>(low), high));
-            }
-        }
-        Precision::F32 => {
-            for (codes, lines) in codes.iter().zip(lines.as_chunks_mut::<2>().0) {
-                let (low, high) = pairs(codes);
-                store(&mut lines[0], low);
-                store(&mut lines[1], high);
-            }
-        }
     }
 }
 

@@ -164,8 +164,9 @@ impl Matrix {
         if rows == 0 || width == 0 {
             return;
         }
-        let (bias, step) = (bias.get(first..).unwrap_or_default(), out.stride());
-        let (scale, panels) = (&self.scale[first..first + width], first / LANES * stride(k) * LANES);
+        let (bias, scale) = (bias.get(first..).unwrap_or_default(), &self.scale[first..first + width]);
+        #[cfg(target_arch = "x86_64")]
+        let (step, panels) = (out.stride(), first / LANES * stride(k) * LANES);
         match &self.packed {
             Packed::Plain(w) => plain(x, &w[first * k..], scale, k, bias, f, &mut out),
             #[cfg(target_arch = "x86_64")]

@@ -94,10 +94,13 @@ pub fn bf16_dot() -> bool {
 pub fn bf16_is_fast() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        let vendor = std::arch::x86_64::__cpuid(0);
-        isa() == Isa::Amx
-            || bf16_dot()
-                && [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+        // Every product asks, and a virtual machine takes microseconds to answer `cpuid`.
+        static FAST: OnceLock<bool> = OnceLock::new();
+        *FAST.get_or_init(|| {
+            let vendor = std::arch::x86_64::__cpuid(0);
+            let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+            isa() == Isa::Amx || bf16_dot() && name.as_flattened() == b"AuthenticAMD"
+        })
     }
     #[cfg(not(target_arch = "x86_64"))]
     false

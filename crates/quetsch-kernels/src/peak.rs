@@ -2,7 +2,9 @@
 //! is a share of this; a multiply-add is two operations.
 
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{Isa, isa};
+use crate::amx;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Isa, bf16_dot, isa};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -11,8 +13,21 @@ use std::time::{Duration, Instant};
 pub enum Arithmetic {
     /// f32, as the `gemm` crate does it: it picks the instruction set on its own.
     F32,
+    /// bf16 summed in f32, where [`bf16_is_fast`](crate::isa::bf16_is_fast): tiles of AMX, or `vdpbf16ps`.
+    Bf16,
     /// 8-bit integers summed in 32 bits, with the instructions of [`isa()`](crate::isa::isa).
     Int8,
+}
+
+impl Arithmetic {
+    /// `f32`, `bf16` or `int8`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arithmetic::F32 => "f32",
+            Arithmetic::Bf16 => "bf16",
+            Arithmetic::Int8 => "int8",
+        }
+    }
 }
 
 /// Operations per second of `threads` threads that compute at the same time. Takes about 50 ms.
@@ -47,6 +62,12 @@ fn burst(what: Arithmetic) -> fn() -> usize {
         (Arithmetic::F32, _, best) if best >= Isa::Avx512 => return || unsafe { x86::f32_avx512() },
         // SAFETY: as above.
         (Arithmetic::F32, _, best) if best >= Isa::Avx2 => return || unsafe { x86::f32_avx2() },
+        // SAFETY: as above; AMX's state is ready.
+        (Arithmetic::Bf16, Isa::Amx, _) => return || unsafe { amx::burst::<true>(STEPS / 16) },
+        // SAFETY: `bf16_dot` saw the features.
+        (Arithmetic::Bf16, ..) if bf16_dot() => return || unsafe { x86::bf16_dot() },
+        // SAFETY: AMX's state is ready.
+        (Arithmetic::Int8, Isa::Amx, _) => return || unsafe { amx::burst::<false>(STEPS / 16) },
         // SAFETY: as above.
         (Arithmetic::Int8, isa, _) if isa >= Isa::Avx512Vnni => return || unsafe { x86::int8_vnni() },
         // SAFETY: as above.
@@ -56,7 +77,7 @@ fn burst(what: Arithmetic) -> fn() -> usize {
         _ => {}
     }
     match what {
-        Arithmetic::F32 => plain_f32,
+        Arithmetic::F32 | Arithmetic::Bf16 => plain_f32,
         Arithmetic::Int8 => plain_int8,
     }
 }
@@ -114,6 +135,18 @@ mod x86 {
         STEPS * SUMS * 8
     }
 
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub fn bf16_dot() -> usize {
+        let pairs = |x| _mm512_cvtne2ps_pbh(_mm512_set1_ps(x), _mm512_set1_ps(x));
+        let (a, b) = (pairs(black_box(0.99)), pairs(black_box(0.01)));
+        let mut sums = [_mm512_setzero_ps(); SUMS];
+        for _ in 0..STEPS {
+            sums.iter_mut().for_each(|s| *s = _mm512_dpbf16_ps(*s, a, b));
+        }
+        black_box(sums);
+        STEPS * SUMS * 32
+    }
+
     #[target_feature(enable = "avx512f,avx512vnni")]
     pub fn int8_vnni() -> usize {
         let (a, b) = (_mm512_set1_epi8(black_box(3)), _mm512_set1_epi8(black_box(5)));
@@ -158,7 +191,7 @@ mod tests {
     /// Faster than any core there is: then the compiler took the loop away.
     #[test]
     fn the_loops_are_run() {
-        for what in [Arithmetic::F32, Arithmetic::Int8] {
+        for what in [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::Int8] {
             let found = operations_per_second(what, 1);
             assert!(found > 0.0 && found < 1e14, "{what:?}: {found:.3e} operations/s");
         }

@@ -21,6 +21,7 @@ use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
 use crate::task::Units;
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
+use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::window::Window;
 use quetsch_kernels::{attention, int8, norm, rows};
 use std::borrow::Cow;
@@ -109,6 +110,15 @@ impl Model {
         self.words.memory_bytes() + 4 * (self.position.len() + self.token_type.len())
     }
 
+    /// The kind of most multiply-adds of the linears.
+    pub fn arithmetic(&self) -> Arithmetic {
+        let mut sums = [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::Int8].map(|kind| (0, kind));
+        for (kind, macs) in self.qkv.iter().chain(self.linears.values()).flat_map(Linear::arithmetic) {
+            sums.iter_mut().filter(|s| s.1 == kind).for_each(|s| s.0 += macs);
+        }
+        sums.into_iter().max_by_key(|s| s.0).map_or(Arithmetic::F32, |s| s.1)
+    }
+
     /// The shape.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -165,8 +175,8 @@ impl Model {
     }
 }
 
-/// Free buffers, one workspace a thread. A buffer keeps its length, so nothing is zeroed again; grown to the largest
-/// batch seen, it is quiet.
+/// Free buffers, one workspace a thread. A buffer keeps its length, so nothing is zeroed again; with those of the
+/// largest batch seen, it is quiet.
 #[derive(Default)]
 pub struct Workspace {
     floats: Vec<Vec<f32>>,
@@ -174,15 +184,15 @@ pub struct Workspace {
     words: Vec<Vec<u32>>,
 }
 
+/// A buffer of at least `len`. They come in powers of four: what a batch of other length frees fits again, a small
+/// request takes no large buffer from those who need it, and of a new one only what is written becomes resident.
 fn take<T: Clone + Default>(free: &mut Vec<Vec<T>>, len: usize) -> Vec<T> {
-    // Best fit; among equals the one freed last, which is still in cache.
-    let fits = (0..free.len()).rev().filter(|i| free[*i].len() >= len).min_by_key(|i| free[*i].len());
-    let pick = fits.or_else(|| (0..free.len()).max_by_key(|i| free[*i].len()));
-    let mut buffer = pick.map(|i| free.remove(i)).unwrap_or_default();
-    if buffer.len() < len {
-        buffer.resize(len, T::default());
+    let size = 1 << len.next_power_of_two().trailing_zeros().next_multiple_of(2);
+    // The one freed last is still in cache.
+    match free.iter().rposition(|buffer| buffer.len() == size) {
+        Some(i) => free.remove(i),
+        None => vec![T::default(); size],
     }
-    buffer
 }
 
 impl Workspace {

@@ -10,7 +10,7 @@ use quetsch::cost::CostOps;
 use quetsch::data;
 use quetsch::dir::Source;
 use quetsch::quant::Scheme;
-use quetsch::runtime::peak::{Arithmetic, operations_per_second};
+use quetsch::runtime::peak::operations_per_second;
 use quetsch::runtime::stream::stream;
 use quetsch::runtime::{Classifier, Session};
 use quetsch::spec::Tensor;
@@ -130,7 +130,7 @@ pub struct Memory {
 pub struct Work {
     /// Multiply-accumulates of the linears for one token, by scheme, in 10^6.
     pub linear_mmac_per_token: BTreeMap<String, f64>,
-    /// The kind of arithmetic that most of them are: `f32` or `int8`.
+    /// The kind of arithmetic that most of them are here: `f32`, `bf16` or `int8`.
     pub arithmetic: String,
     /// What this machine does of it in registers on all threads, in 10^9 operations per second.
     pub peak_gop_per_s: f64,
@@ -186,13 +186,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
     };
 
     let linear_mmac_per_token = by_scheme(&b.model)?;
-    let int8 = |scheme: &str| matches!(scheme, "int8" | "bnb-int8");
-    let (integer, float): (Vec<_>, Vec<_>) = linear_mmac_per_token.iter().partition(|(scheme, _)| int8(scheme));
-    let sum = |part: &[(&String, &f64)]| part.iter().map(|(_, macs)| **macs).sum::<f64>();
-    let (arithmetic, name) = match sum(&integer) > sum(&float) {
-        true => (Arithmetic::Int8, "int8"),
-        false => (Arithmetic::F32, "f32"),
-    };
+    let arithmetic = model.arithmetic();
     let peak = operations_per_second(arithmetic, threads);
     let lengths: Vec<usize> =
         b.lengths.iter().copied().filter(|n| (1..=model.spec().longest()).contains(n)).collect();
@@ -209,7 +203,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
     let rate = operations(&classifier, &counted)? / seconds;
     let work = Work {
         linear_mmac_per_token,
-        arithmetic: name.to_string(),
+        arithmetic: arithmetic.name().to_string(),
         peak_gop_per_s: round(peak / 1e9, 1),
         gop_per_s: round(rate / 1e9, 1),
         peak_share: round(rate / peak, 3),

@@ -8,6 +8,7 @@ use crate::spec::{Activation, Lin, Tensor};
 use quetsch_kernels::gemm::{Size, Write, matmul};
 use quetsch_kernels::isa::{Isa, bf16_is_fast, isa};
 use quetsch_kernels::panels::{Left, Precision, Source};
+use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::team::Team;
 use quetsch_kernels::window::Window;
 use quetsch_kernels::{four_bit, int8, math, panels};
@@ -96,6 +97,21 @@ impl Linear {
             Weight::FourBit { panels, absmax, .. } => panels.bytes() + absmax.bytes(),
         };
         4 * self.bias.len() + self.parts.iter().map(one).sum::<usize>()
+    }
+
+    /// The kinds of multiply-adds, and how many of each a row of the input takes.
+    pub fn arithmetic(&self) -> impl Iterator<Item = (Arithmetic, usize)> {
+        self.parts.iter().map(|part| {
+            let kind = match &part.weight {
+                Weight::Dense(_) | Weight::Panels(_) => Arithmetic::F32,
+                Weight::Int8(_) | Weight::Static { .. } | Weight::Mixed { .. } => Arithmetic::Int8,
+                Weight::FourBit { compute, .. } => match precision(*compute) {
+                    Precision::F32 => Arithmetic::F32,
+                    Precision::Bf16 => Arithmetic::Bf16,
+                },
+            };
+            (kind, part.n * self.k)
+        })
     }
 
     /// Whether it reads its input quantised to int8.
@@ -344,6 +360,11 @@ impl Outliers {
     }
 }
 
+/// What a product with 4-bit weights multiplies.
+fn precision(compute: Compute) -> Precision {
+    if compute == Compute::Bf16 && bf16_is_fast() { Precision::Bf16 } else { Precision::F32 }
+}
+
 /// Columns of one tile of the product.
 const TILE: usize = 48;
 
@@ -362,15 +383,21 @@ fn four_bits(
     out: Window,
 ) {
     let (m, macs) = (out.rows(), out.rows() * out.width() * k);
-    let bf16 = compute == Compute::Bf16;
-    let p = if bf16 && bf16_is_fast() { Precision::Bf16 } else { Precision::F32 };
-    let (mut x, mut left) = (ws.floats(m * k), ws.words(p.rows_len(m, k)));
-    if bf16 {
-        math::round_to_bf16(&values[..m * k], &mut x[..m * k]);
-    } else {
-        x[..m * k].copy_from_slice(&values[..m * k]);
-    }
-    panels::pack_rows(p, Source { data: &x, stride: k }, m, k, &mut left);
+    let (p, bf16) = (precision(compute), compute == Compute::Bf16);
+    let (mut rounded, mut packed) = (vec![], vec![]);
+    let left = match (p, bf16) {
+        (Precision::Bf16, _) => {
+            packed = ws.words(p.rows_len(m, k));
+            panels::pack_rows(p, Source { data: values, stride: k }, m, k, &mut packed);
+            Left::rows(&packed, p, k)
+        }
+        (Precision::F32, true) => {
+            rounded = ws.floats(m * k);
+            math::round_to_bf16(&values[..m * k], &mut rounded[..m * k]);
+            Left::f32_rows(Source { data: &rounded, stride: k })
+        }
+        (Precision::F32, false) => Left::f32_rows(Source { data: values, stride: k }),
+    };
     let pieces = split::columns(team, out, macs, TILE);
     let mut decoded_panels: Vec<_> = pieces.iter().map(|_| ws.words(p.panels_len(k, TILE))).collect();
     team.each(pieces.into_iter().zip(&mut decoded_panels).collect(), |((start, mut out), right)| {
@@ -378,15 +405,15 @@ fn four_bits(
             let (first, width) = (start + c, TILE.min(out.width() - c));
             w.decode(first..first + width, p, decoded, |b| absmax.scale(b), right);
             let out = out.part(0..m, c..c + width);
-            panels::multiply_into(p, Left::rows(&left, p, k), right, k, out, Write::Set);
+            panels::multiply_into(p, left, right, k, out, Write::Set);
         }
         match bf16 {
             true => math::bias_activation_bf16(&mut out, &bias[start..], f),
             false => math::bias_activation(&mut out, &bias[start..], f),
         }
     });
-    ws.floats.push(x);
-    ws.words.extend(decoded_panels.into_iter().chain([left]));
+    ws.floats.extend(Some(rounded).filter(|b| !b.is_empty()));
+    ws.words.extend(decoded_panels.into_iter().chain(Some(packed).filter(|b| !b.is_empty())));
 }
 
 #[cfg(test)]

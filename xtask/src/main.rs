@@ -13,7 +13,7 @@ use std::process::Command;
 const USAGE: &str = "\
 cargo xtask check [PART..]                           all parts, or some of: fmt house licences clippy docs tests
 cargo xtask e2e --model DIR --data DIR [--out DIR]   recipes/banking77.toml on real data; gates on accuracy, never on time
-cargo xtask interop --python FILE.. [--out DIR]      both directions with transformers 4.57 and 5 and bitsandbytes
+cargo xtask interop [--python FILE..] [--out DIR]    both directions with transformers 4.57 and 5 and bitsandbytes
 cargo xtask portable                                 kernel tests on CPUs that this machine is not (qemu-user)
 cargo xtask fixtures [PART..]                        write fixtures/ again with Python (scripts/make_fixtures.py)";
 

@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod exit;
+mod hub;
 mod logs;
 mod recipe;
 mod settings;

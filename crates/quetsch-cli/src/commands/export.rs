@@ -5,6 +5,7 @@ use crate::settings::Data;
 use crate::ui::{Ui, mb};
 use crate::work::corpus::{self, disk_bytes};
 use crate::work::pretty;
+use crate::hub;
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use quetsch::atomic::Folder;
@@ -24,9 +25,12 @@ use std::path::{Path, PathBuf};
 /// Flags of `export`.
 #[derive(Debug, Args)]
 pub struct Export {
-    /// Model directory
-    #[arg(long, value_name = "DIR")]
+    /// Model directory, or ORG/NAME on the hub
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     model: PathBuf,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long)]
+    revision: Option<String>,
     /// What reads it
     #[arg(long, value_enum)]
     to: Target,
@@ -126,8 +130,9 @@ fn calibrate(model: &mut ModelDir, file: &Path, ui: &Ui) -> Result<Calibration> 
 
 /// Runs `export`.
 pub fn run(e: &Export, ui: &Ui) -> Result<()> {
-    let mut model = dir::read(&e.model)?;
-    let calibration = e.calibration.as_deref().map(|file| calibrate(&mut model, file, ui)).transpose()?;
+    let mut model = dir::read(hub::model(&e.model, e.revision.as_deref(), ui)?)?;
+    let calibration = e.calibration.as_deref().map(|file| hub::table(file, "validation", ui)).transpose()?;
+    let calibration = calibration.as_deref().map(|file| calibrate(&mut model, file, ui)).transpose()?;
     let scheme: Option<Scheme> = match e.to {
         Target::Hf => None,
         Target::BnbInt8 => Some("bnb-int8".parse()?),

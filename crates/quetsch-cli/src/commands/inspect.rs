@@ -1,5 +1,6 @@
 //! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept.
 
+use crate::hub;
 use crate::ui::{Ui, mb, percent};
 use crate::work::REPORT;
 use crate::work::parts::{bytes, part_of};
@@ -17,8 +18,11 @@ use std::path::{Path, PathBuf};
 /// Flags of `inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// Model directory
+    /// Model directory, or ORG/NAME on the hub
     dir: PathBuf,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long)]
+    revision: Option<String>,
     /// The float model that a quantised one was made from: how far every tensor lies from it. Without it --verbose
     /// shows what was recorded when it was quantised
     #[arg(long, value_name = "DIR")]
@@ -66,7 +70,8 @@ struct Facts {
 
 /// Runs `inspect`.
 pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
-    let ck = dir::read_checkpoint(&i.dir)?;
+    let folder = hub::model(&i.dir, i.revision.as_deref(), ui)?;
+    let ck = dir::read_checkpoint(&folder)?;
     let spec = &ck.spec;
     let mut parts: BTreeMap<&'static str, Part> = BTreeMap::new();
     for (def, stored) in ck.tensors() {
@@ -84,8 +89,8 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
     // A weight that is 0 by chance is no sparsity.
     let zeros = prune::sparsity(&ck).into_iter().filter(|(_, share)| *share >= 0.001);
     let distortion = match &i.against {
-        Some(parent) => quant::distortions(&dir::read_checkpoint(parent)?, &ck)?,
-        None if ui.verbose => recorded(&i.dir)?,
+        Some(parent) => quant::distortions(&dir::read_checkpoint(hub::model(parent, None, ui)?)?, &ck)?,
+        None if ui.verbose => recorded(&folder)?,
         None => BTreeMap::new(),
     };
     let facts = Facts {

@@ -1,6 +1,7 @@
 //! `quetsch train | distill | prune | quantize`: one stage without a recipe.
 
 use crate::exit::usage;
+use crate::hub;
 use crate::recipe::Kind;
 use crate::settings::{Data, Finding, Level, Settings};
 use crate::ui::{self, Ui};
@@ -17,6 +18,9 @@ pub struct Stage<T: Args> {
     settings: T,
     #[command(flatten)]
     data: Data,
+    /// Branch, tag or commit of --model on the hub, of --teacher where there is no --model [default: main]
+    #[arg(long)]
+    revision: Option<String>,
     /// Folder to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -45,10 +49,23 @@ pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result
             None => return Err(usage(format!("no {role} given: pass --{role} DIR"))),
         }
     }
+    let mut data = stage.data.clone();
+    let mut unlabelled = kind.unlabelled().map(PathBuf::from);
+    // A dry run says what would be fetched, and fetches nothing.
+    if !stage.dry_run {
+        let of = if inputs.contains_key("model") { "model" } else { "teacher" };
+        for (role, path) in &mut inputs {
+            let revision = stage.revision.as_deref().filter(|_| *role == of);
+            *path = hub::model(path, revision, ui)?;
+        }
+        data = data.local(ui)?;
+        unlabelled = unlabelled.map(|file| hub::table(&file, "train", ui)).transpose()?;
+    }
     let job = Job {
         id: kind.name(),
         kind: &kind,
-        data: &stage.data,
+        data: &data,
+        unlabelled,
         seed: kind.seed().unwrap_or(42),
         inputs,
         out: stage.out,

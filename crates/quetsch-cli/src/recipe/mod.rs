@@ -9,7 +9,9 @@ mod place;
 mod search;
 
 use crate::exit::usage;
+use crate::hub;
 use crate::settings::{Compare, Data, Distill, Eval, Level, MORE_TEACHERS, Prune, Quantize, Settings, Train};
+use crate::ui::Ui;
 use anyhow::{Context, Result};
 use overrides::{Override, from_environment};
 use place::{Step, line_and_column, locate, path};
@@ -90,6 +92,17 @@ pub struct Recipe {
     pub stages: Vec<Stage>,
     /// Values outside their usual range.
     pub warnings: Vec<String>,
+    /// What was fetched for it, if anything has been looked for.
+    pub fetched: Option<Fetched>,
+}
+
+/// Where the things that a recipe names are.
+#[derive(Clone, Debug, Default)]
+pub struct Fetched {
+    /// Models and texts without labels, by name.
+    paths: BTreeMap<String, PathBuf>,
+    /// The data.
+    data: Data,
 }
 
 /// A recipe file with overrides.
@@ -329,6 +342,7 @@ impl Source {
             data,
             stages: vec![],
             warnings: vec![],
+            fetched: None,
         };
         let sections = self.sections()?;
         if sections.is_empty() {
@@ -430,6 +444,14 @@ impl Kind {
 }
 
 impl Kind {
+    /// Texts without labels.
+    pub fn unlabelled(&self) -> Option<&str> {
+        match self {
+            Kind::Distill(s) => s.unlabelled.as_deref(),
+            _ => None,
+        }
+    }
+
     /// The seed, for stages that have one.
     pub fn seed(&self) -> Option<u64> {
         match self {
@@ -443,6 +465,34 @@ impl Kind {
 }
 
 impl Recipe {
+    /// The recipe with everything here that it names on the hub.
+    pub fn fetched(&self, ui: &Ui) -> Result<Recipe> {
+        let mut paths = BTreeMap::new();
+        for kind in self.stages.iter().map(|s| &s.kind) {
+            for (_, name) in kind.inputs() {
+                if let Some(name) = name.filter(|n| !paths.contains_key(n) && self.stages.iter().all(|s| s.id != *n)) {
+                    let path = hub::model(name.as_ref(), None, ui)?;
+                    paths.insert(name, path);
+                }
+            }
+            if let Some(name) = kind.unlabelled() {
+                paths.insert(name.to_string(), hub::table(name.as_ref(), "train", ui)?);
+            }
+        }
+        Ok(Recipe { fetched: Some(Fetched { paths, data: self.data.local(ui)? }), ..self.clone() })
+    }
+
+    /// Where a model or a file is that the recipe names.
+    pub fn place(&self, name: &str) -> PathBuf {
+        let found = self.fetched.as_ref().and_then(|f| f.paths.get(name));
+        found.cloned().unwrap_or_else(|| PathBuf::from(name))
+    }
+
+    /// The data, in files that are here if they were fetched.
+    pub fn local_data(&self) -> &Data {
+        self.fetched.as_ref().map_or(&self.data, |f| &f.data)
+    }
+
     /// The recipe with nothing left open, as a recipe again.
     pub fn to_toml(&self) -> Result<String> {
         #[derive(Serialize)]

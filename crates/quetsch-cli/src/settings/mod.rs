@@ -77,7 +77,8 @@ pub trait Settings: Args + Serialize + for<'de> Deserialize<'de> + Default {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Data {
-    /// Training data: .csv, .tsv or .jsonl with a text and a label column
+    /// Training data with a text and a label column: .csv, .tsv, .jsonl or .parquet, or hf:ORG/NAME[@REVISION][:SPLIT] on
+    /// the hub
     #[arg(long, value_name = "FILE")]
     pub train: Option<String>,
     /// Test data, only ever measured on
@@ -155,8 +156,8 @@ pub enum Head {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Train {
-    /// Model directory to start from; a recipe may name an earlier stage
-    #[arg(long, value_name = "DIR")]
+    /// Model to start from: a directory, or ORG/NAME[@REVISION] on the hub; a recipe may name an earlier stage
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// Head to add when the model has none and labels are of texts; those of words need no choice
@@ -186,12 +187,12 @@ impl Settings for Train {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Distill {
-    /// Teacher's directory; a recipe may name an earlier stage
+    /// Teacher: a directory, or ORG/NAME[@REVISION] on the hub; a recipe may name an earlier stage
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<String>,
     /// Student to start from, if not layers of the teacher; a recipe may name an earlier stage
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// Teacher layers that the student starts from, counted from 0; none given keeps all
@@ -343,7 +344,7 @@ pub enum Vocab {
 #[serde(default, rename_all = "kebab-case")]
 pub struct Prune {
     /// Model to prune; a recipe may name an earlier stage
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// Teacher for the recovery, default: the model before it was pruned; a recipe may name an earlier stage
@@ -514,7 +515,7 @@ impl Settings for Prune {
 #[serde(default, rename_all = "kebab-case")]
 pub struct Eval {
     /// Model directory; a recipe may name an earlier stage
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
 }

@@ -104,7 +104,7 @@ pub enum ComputeType {
 #[serde(default, rename_all = "kebab-case")]
 pub struct Quantize {
     /// Model to quantise; a recipe may name an earlier stage
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// Scheme: f32, f16, bf16, int8, int8-static, int8-weight, bnb-int8, nf4 or fp4

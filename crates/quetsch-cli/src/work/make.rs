@@ -110,8 +110,8 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
     let inside = Inside::new(&s.kd, &teacher.checkpoint, &start.spec)?;
     let mut corpus = corpus::training(job.data, (&teacher.checkpoint).into(), job.seed, ui)?;
     let labelled = corpus.hash.clone();
-    if let Some(path) = &s.unlabelled {
-        corpus.add_unlabelled(path.as_ref(), job.data)?;
+    if let Some(path) = &job.unlabelled {
+        corpus.add_unlabelled(path, job.data)?;
         ui.note(format!("{}: {} texts without labels", job.id, corpus.unlabelled.len()));
     }
     let encoded = fit::encode(&corpus, &teacher.tokenizer, s.training.max_length, job.threads)?;

@@ -42,8 +42,10 @@ pub struct Job<'a> {
     pub id: &'a str,
     /// What it does.
     pub kind: &'a Kind,
-    /// The data.
+    /// The data, in files that are here.
     pub data: &'a Data,
+    /// Texts without labels, likewise.
+    pub unlabelled: Option<PathBuf>,
     /// Seed of the validation split.
     pub seed: u64,
     /// Model directories by role: model, teacher.
@@ -109,8 +111,8 @@ impl Job<'_> {
             inputs.insert("reading".into(), corpus::hash_of(&[&reading]));
         }
         if let Kind::Distill(s) = self.kind {
-            if let Some(file) = &s.unlabelled {
-                inputs.insert("unlabelled".into(), corpus::hash_file(file.as_ref())?);
+            if let Some(file) = &self.unlabelled {
+                inputs.insert("unlabelled".into(), corpus::hash_file(file)?);
             }
             if s.out_of_fold {
                 inputs

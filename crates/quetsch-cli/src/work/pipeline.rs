@@ -39,7 +39,7 @@ impl Recipe {
     pub fn model_dir(&self, name: &str) -> PathBuf {
         match self.stages.iter().any(|s| s.id == name) {
             true => self.stage_dir(name),
-            false => PathBuf::from(name),
+            false => self.place(name),
         }
     }
 
@@ -62,7 +62,8 @@ impl Recipe {
         Job {
             id: &stage.id,
             kind: &stage.kind,
-            data: &self.data,
+            data: self.local_data(),
+            unlabelled: stage.kind.unlabelled().map(|name| self.place(name)),
             seed: self.seed,
             inputs,
             out: self.stage_dir(&stage.id),
@@ -85,10 +86,11 @@ pub struct Finished {
 /// Runs a recipe.
 pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     let threads = ui.threads(recipe.threads);
-    let stages = recipe.until(options.until.as_deref())?;
     for warning in &recipe.warnings {
         ui.warn(warning);
     }
+    let recipe = &recipe.fetched(ui)?;
+    let stages = recipe.until(options.until.as_deref())?;
     let started = Instant::now();
     let _alone = super::alone(&recipe.out, || {
         ui.note(format!("{}: another run is writing there; waiting for its end", recipe.out.display()));
@@ -112,7 +114,7 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
                 let plan = Plan {
                     calibration: validation(recipe, &models, ui)?,
                     models,
-                    data: &recipe.data,
+                    data: recipe.local_data(),
                     settings: s,
                     gates: if is_last { &options.gates } else { &[] },
                     skip_gates: 1,
@@ -162,7 +164,7 @@ fn check_gates(
     let models = stages.iter().filter(|s| s.kind.makes_model());
     let plan = Plan {
         models: models.map(|s| (s.id.clone(), recipe.stage_dir(&s.id))).collect(),
-        data: &recipe.data,
+        data: recipe.local_data(),
         calibration: None,
         settings: &Compare { no_baseline: true, no_speed: !gate::timed(&options.gates), ..Compare::default() },
         gates: &options.gates,
@@ -179,7 +181,7 @@ fn validation(recipe: &Recipe, models: &[(String, PathBuf)], ui: &Ui) -> Result<
         return Ok(None);
     };
     let model = quetsch::dir::read_checkpoint(first)?;
-    Ok(Some(corpus::training(&recipe.data, (&model).into(), recipe.seed, ui)?.validation))
+    Ok(Some(corpus::training(recipe.local_data(), (&model).into(), recipe.seed, ui)?.validation))
 }
 
 fn eval(job: &Job, ui: &Ui) -> Result<Value> {

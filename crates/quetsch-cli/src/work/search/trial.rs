@@ -144,6 +144,7 @@ impl Trial {
             seed: search.file.seed,
             threads: None,
             cache: Some(search.file.out.join("cache")),
+            fetched: None,
             data: search.data.clone(),
             stages: self.kind.iter().map(|kind| Stage { id: MODEL.into(), kind: kind.clone() }).collect(),
             warnings: vec![],

@@ -1,12 +1,12 @@
 //! `quetsch eval`: accuracy, macro-F1, top-3, calibration and confusions of one model.
 
+use crate::hub;
 use crate::settings::{Compare, Data};
 use crate::ui::{Ui, percent};
 use crate::work::compare::{Plan, compare};
 use crate::work::corpus;
 use crate::work::gate::{self, Gate};
 use crate::work::warn_of_lost_words;
-use crate::hub;
 use anyhow::Result;
 use clap::Args;
 use quetsch::metrics::{self, Figures, Metrics, Regression};
@@ -73,7 +73,7 @@ pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
         return Ok(());
     }
     // Gates look at a comparison; this is one of a single model.
-    let data = Data { test: Some(e.data.display().to_string()), ..columns };
+    let data = Data { test: Some(file.display().to_string()), ..columns };
     let no_speed = !gate::timed(&e.gate);
     let plan = Plan {
         models: vec![(e.model.display().to_string(), model)],

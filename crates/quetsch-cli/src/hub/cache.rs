@@ -142,7 +142,8 @@ fn slashes(name: &str) -> String {
 /// Makes the folder that a file goes to.
 pub fn make_parent(path: &Path) -> Result<()> {
     let parent = path.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}; HF_HOME names another place", parent.display()))
+    std::fs::create_dir_all(parent)
+        .with_context(|| format!("cannot make {}; HF_HOME names another place", parent.display()))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -16,8 +16,9 @@ pub fn model(repo: &Repo, names: &[String], get: Get) -> Result<()> {
     ensure!(has("config.json"), "{repo} has no config.json: it is no model that Quetsch reads");
     get("config.json")?;
     let weights = [WEIGHTS, WEIGHTS_INDEX, PICKLE, PICKLE_INDEX].into_iter().find(|name| has(name));
-    let weights = weights
-        .with_context(|| format!("{repo} has neither {WEIGHTS} nor {PICKLE}, nor an index of either: no weights"))?;
+    let weights = weights.with_context(|| {
+        format!("{repo} has neither {WEIGHTS} nor {PICKLE}, nor an index of either: no weights")
+    })?;
     // The card names the licence of what will be made from this.
     for name in TOKENIZER_FILES.into_iter().chain(["README.md"]).filter(|name| has(name)) {
         get(name)?;
@@ -29,7 +30,8 @@ pub fn model(repo: &Repo, names: &[String], get: Get) -> Result<()> {
             weight_map: BTreeMap<String, String>,
         }
         let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let index: Index = serde_json::from_slice(&text).with_context(|| format!("{repo}: {weights} is no index"))?;
+        let index: Index =
+            serde_json::from_slice(&text).with_context(|| format!("{repo}: {weights} is no index"))?;
         for shard in index.weight_map.into_values().collect::<BTreeSet<_>>() {
             ensure!(has(&shard), "{repo}: {weights} lists {shard:?}, which the repository does not have");
             get(&shard)?;
@@ -144,9 +146,12 @@ mod tests {
                 taken.push(name.to_string());
                 Ok(index.clone())
             };
-            model(&repo(Kind::Model), &names(list), &mut get).map(|()| taken.join(" ")).map_err(|e| format!("{e:#}"))
+            model(&repo(Kind::Model), &names(list), &mut get)
+                .map(|()| taken.join(" "))
+                .map_err(|e| format!("{e:#}"))
         };
-        let whole = ["config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx", "1.png"];
+        let whole =
+            ["config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx", "1.png"];
         assert_eq!(taken(&whole, ""), Ok("config.json vocab.txt model.safetensors".into()));
         let old = ["pytorch_model.bin", "config.json", "README.md", "flax_model.msgpack"];
         assert_eq!(taken(&old, ""), Ok("config.json README.md pytorch_model.bin".into()));

@@ -34,6 +34,8 @@ pub fn dataset(repo: Repo, part: Option<Split>, default: &str, ui: &Ui) -> Resul
     match &repo.revision {
         Some(revision) if revision == CONVERTED => at(revision, true),
         Some(revision) => at(revision, false),
+        // What was read of the repository itself once is read there again.
+        None if visit.knows(MAIN) && !visit.knows(CONVERTED) => at(MAIN, false),
         None => match at(CONVERTED, true) {
             // Nobody converted it: a private data set, or a mirror that has none of them.
             Err(e) if e.downcast_ref::<NotFound>().is_some() => at(MAIN, false),
@@ -56,6 +58,11 @@ impl<'a> Visit<'a> {
         env.offline |= ui.offline;
         let cache = Cache::new(&env.cache, repo);
         Ok(Visit { repo, env, cache, ui })
+    }
+
+    /// Whether a revision was read before.
+    fn knows(&self, revision: &str) -> bool {
+        self.cache.commit(revision).is_some_and(|commit| self.cache.snapshot(&commit).is_dir())
     }
 
     /// Gets what `pick` wants of the repository's files. Returns their folder.

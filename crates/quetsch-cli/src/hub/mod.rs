@@ -12,6 +12,8 @@ mod choose;
 mod environment;
 #[cfg(feature = "hub")]
 mod fetch;
+// Without the feature nobody asks for folders and files.
+#[cfg_attr(not(feature = "hub"), allow(dead_code))]
 mod name;
 #[cfg(feature = "hub")]
 mod wire;
@@ -19,8 +21,8 @@ mod wire;
 use crate::settings::Data;
 use crate::ui::Ui;
 use anyhow::Result;
-pub use name::Repo;
 use name::PREFIX;
+pub use name::Repo;
 use std::path::{Path, PathBuf};
 
 /// The folder of the model that a flag or a recipe names.

@@ -212,8 +212,31 @@ mod tests {
     #[test]
     fn hostile_names_are_refused() {
         let ids = [
-            "", "/", "a/", "/a", "a/b/c", "../etc", "a/..", ".a/b", "a/.b", "a/-b", "a--b/c", "a/b c", "a/b\n", "a\\b",
-            "a/b%2f", "a/b?x", "a/b#x", "ä/b", "a/b.", "a/b@", "a/b@..", "a/b@x/../y", "a/b@/x", "a/b@x y", "a/b@-x",
+            "",
+            "/",
+            "a/",
+            "/a",
+            "a/b/c",
+            "../etc",
+            "a/..",
+            ".a/b",
+            "a/.b",
+            "a/-b",
+            "a--b/c",
+            "a/b c",
+            "a/b\n",
+            "a\\b",
+            "a/b%2f",
+            "a/b?x",
+            "a/b#x",
+            "ä/b",
+            "a/b.",
+            "a/b@",
+            "a/b@..",
+            "a/b@x/../y",
+            "a/b@/x",
+            "a/b@x y",
+            "a/b@-x",
         ];
         for id in ids {
             assert!(Repo::model(&format!("hf:{id}")).is_err(), "model {id:?}");
@@ -251,7 +274,10 @@ mod tests {
         let of = |path: String| Repo::of_path(Path::new(&path)).map(|r| (r.kind, r.id));
         let rows = [
             (format!("/h/models--org--name/snapshots/{SHA}"), Some((Kind::Model, "org/name".to_string()))),
-            (format!("h/datasets--name/snapshots/{SHA}/default/*.parquet"), Some((Kind::Dataset, "name".to_string()))),
+            (
+                format!("h/datasets--name/snapshots/{SHA}/default/*.parquet"),
+                Some((Kind::Dataset, "name".to_string())),
+            ),
             (format!("/h/spaces--a--b/snapshots/{SHA}"), None),
             (format!("/h/models--a--b--c/snapshots/{SHA}"), None),
             ("/h/models--a--b/snapshots/main".to_string(), None),

@@ -4,18 +4,23 @@
 //! a server ignores `Range`, takes `ETag` as a file name whatever it is, panics at a redirect without `Location`, does
 //! not try a metadata request again, and brings a dependency under the MPL. So this is ureq and the hub's paths.
 
+mod answer;
+
 use super::cache::{Cache, make_parent};
 use super::environment::Environment;
 use super::name::{Kind, Repo, check_file, is_commit};
 use crate::ui::{self, Ui};
+use answer::{
+    Facts, absolute, check, content_range, escape, facts_of, facts_without_size, header_of, printable, same_host,
+    size_of,
+};
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use ring::digest::{self, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 use serde::Deserialize;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use ureq::http::{Response, StatusCode, Uri, header};
+use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
 /// Tries of one request, and of a download that makes no progress.
@@ -43,13 +48,6 @@ pub struct Listing {
     pub commit: String,
     /// The files.
     pub names: Vec<String>,
-}
-
-/// What the hub says about a file.
-struct Facts {
-    /// Name of its content: SHA-256 of large files, git's SHA-1 of the others.
-    etag: String,
-    size: u64,
 }
 
 /// Why a request has no answer.
@@ -130,9 +128,15 @@ impl<'a> Wire<'a> {
         let text = response.body_mut().with_config().limit(LIST_BYTES).read_to_vec();
         let text = text.with_context(|| format!("{what}: no list of files from {}", self.env.endpoint))?;
         let info: Info = serde_json::from_slice(&text).map_err(|e| {
-            anyhow!("{what}: {url} did not answer with the list of a repository's files ({e}); is HF_ENDPOINT a hub?")
+            anyhow!(
+                "{what}: {url} did not answer with the list of a repository's files ({e}); is HF_ENDPOINT a hub?"
+            )
         })?;
-        ensure!(is_commit(&info.sha), "{what}: the hub names the commit {:?}: 40 hexadecimal digits expected", info.sha);
+        ensure!(
+            is_commit(&info.sha),
+            "{what}: the hub names the commit {:?}: 40 hexadecimal digits expected",
+            info.sha
+        );
         let names: Vec<String> = info.siblings.into_iter().map(|s| s.rfilename).collect();
         for name in &names {
             check_file(name).with_context(|| format!("{what} is refused: the hub lists a file that is none"))?;
@@ -203,7 +207,9 @@ impl<'a> Wire<'a> {
                             bail!(
                                 "{what}: {} bytes came with the hash {found}, expected {}; nothing was kept. Try again, \
                                  or another mirror (HF_ENDPOINT, now {})",
-                                facts.size, facts.etag, self.env.endpoint
+                                facts.size,
+                                facts.etag,
+                                self.env.endpoint
                             );
                         }
                         // What an earlier run had left was of something else: once more from the start.
@@ -271,7 +277,9 @@ impl<'a> Wire<'a> {
             at += n as u64;
             bar.at(at / 1_000_000, || format!("MB  {what}"));
             if ui::is_interrupted() {
-                return Err(crate::exit::interrupted(format!("{what}: interrupted; the same command goes on")).into());
+                return Err(
+                    crate::exit::interrupted(format!("{what}: interrupted; the same command goes on")).into()
+                );
             }
         }
     }
@@ -363,7 +371,9 @@ impl<'a> Wire<'a> {
                  mirrors (HF_ENDPOINT, now {}) refuse, too",
                 self.env.endpoint
             ),
-            404 => "there is no such repository, revision or file; a folder here must exist to be meant".to_string(),
+            404 => {
+                "there is no such repository, revision or file; a folder here must exist to be meant".to_string()
+            }
             429 => "too many requests: wait some minutes; with a token (HF_TOKEN) more are allowed".to_string(),
             _ => format!("try again later, or another mirror (HF_ENDPOINT, now {})", self.env.endpoint),
         };
@@ -372,7 +382,8 @@ impl<'a> Wire<'a> {
             StatusCode::NOT_FOUND => NotFound(message).into(),
             _ => anyhow!(message),
         };
-        let seconds = header_of(response, "retry-after").and_then(|s| s.trim().parse().ok()).map(Duration::from_secs);
+        let seconds =
+            header_of(response, "retry-after").and_then(|s| s.trim().parse().ok()).map(Duration::from_secs);
         let passing = matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504);
         let again = (passing && seconds.is_none_or(|s| s <= LONGEST_WAIT)).then_some(seconds);
         Refused { error, again }
@@ -387,134 +398,5 @@ fn pause(tried: u32, asked: Option<Duration>, why: &anyhow::Error) -> Result<()>
     match ui::is_interrupted() {
         true => Err(crate::exit::interrupted("interrupted while waiting for the hub")),
         false => Ok(()),
-    }
-}
-
-fn header_of<'r>(response: &'r Response<Body>, name: &str) -> Option<&'r str> {
-    response.headers().get(name)?.to_str().ok()
-}
-
-/// What a server says, fit for a terminal.
-fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(200).collect()
-}
-
-/// First byte and whole size, of `bytes 0-0/1234`.
-fn content_range(response: &Response<Body>) -> Option<(u64, u64)> {
-    let (range, size) = header_of(response, "content-range")?.strip_prefix("bytes ")?.split_once('/')?;
-    Some((range.split_once('-')?.0.parse().ok()?, size.parse().ok()?))
-}
-
-/// The size of a file: of what a redirect points to, of what a part is of, or of the answer itself.
-fn size_of(response: &Response<Body>) -> Option<u64> {
-    let number = |name| header_of(response, name)?.parse().ok();
-    match response.status() {
-        status if status.is_redirection() => number("x-linked-size"),
-        StatusCode::PARTIAL_CONTENT => content_range(response).map(|(_, size)| size),
-        _ => number("x-linked-size").or_else(|| number("content-length")),
-    }
-}
-
-fn facts_of(response: &Response<Body>, commit: &str) -> Result<Facts> {
-    let size = size_of(response).context("no size (Content-Length, X-Linked-Size) in the answer")?;
-    Ok(Facts { size, ..facts_without_size(response, commit)? })
-}
-
-fn facts_without_size(response: &Response<Body>, commit: &str) -> Result<Facts> {
-    if let Some(other) = header_of(response, "x-repo-commit").filter(|other| *other != commit) {
-        bail!("the answer is of the commit {:?}, asked for was {commit}", printable(other));
-    }
-    let etag = header_of(response, "x-linked-etag").or_else(|| header_of(response, "etag"));
-    let etag = etag.context("no ETag in the answer, by which the cache names a file; is HF_ENDPOINT a hub?")?;
-    let etag = etag.trim().trim_start_matches("W/").trim_matches('"');
-    let plain = (1..=128).contains(&etag.len()) && etag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
-    ensure!(plain, "the ETag {:?} is none of the hub's", printable(etag));
-    Ok(Facts { etag: etag.to_string(), size: 0 })
-}
-
-/// The hash of a whole file if it is not what its name says: SHA-256 (64 digits) or the SHA-1 of a git blob (40). Other
-/// names say nothing about the content, and the size has to do.
-fn check(file: &mut File, facts: &Facts) -> std::io::Result<Option<String>> {
-    if !facts.etag.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return Ok(None);
-    }
-    let mut context = match facts.etag.len() {
-        64 => digest::Context::new(&SHA256),
-        40 => {
-            let mut context = digest::Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
-            context.update(format!("blob {}\0", facts.size).as_bytes());
-            context
-        }
-        _ => return Ok(None),
-    };
-    file.seek(SeekFrom::Start(0))?;
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            n => context.update(&buffer[..n]),
-        }
-    }
-    let found: String = context.finish().as_ref().iter().map(|b| format!("{b:02x}")).collect();
-    Ok((!found.eq_ignore_ascii_case(&facts.etag)).then_some(found))
-}
-
-fn same_host(a: &str, b: &str) -> bool {
-    let place = |url: &str| url.parse::<Uri>().ok().map(|u| (u.scheme_str().map(str::to_string), u.authority().cloned()));
-    place(a).is_some_and(|a| Some(a) == place(b))
-}
-
-/// Where a redirect leads.
-fn absolute(from: &str, to: &str) -> Option<String> {
-    if to.starts_with("https://") || to.starts_with("http://") {
-        return Some(to.to_string());
-    }
-    let from: Uri = from.parse().ok()?;
-    let path = to.strip_prefix('/').filter(|rest| !rest.starts_with('/'))?;
-    Some(format!("{}://{}/{path}", from.scheme_str()?, from.authority()?))
-}
-
-/// A file's name in a URL.
-fn escape(name: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'~' | b'/');
-    name.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn redirects_are_resolved() {
-        let rows = [
-            ("/b/c", Some("http://h:1/b/c")),
-            ("https://other/x", Some("https://other/x")),
-            ("//other/x", None),
-            ("c", None),
-            ("file:///etc/passwd", None),
-        ];
-        for (to, want) in rows {
-            assert_eq!(absolute("http://h:1/a", to).as_deref(), want, "{to}");
-        }
-        assert!(same_host("http://h:1/a", "http://h:1/b?c"));
-        assert!(!same_host("http://h:1/a", "https://h:1/a") && !same_host("http://h:1/a", "http://h:2/a"));
-    }
-
-    #[test]
-    fn names_are_escaped() {
-        assert_eq!(escape("data/a b#ä.csv"), "data/a%20b%23%C3%A4.csv");
-    }
-
-    #[test]
-    fn contents_are_hashed_as_git_and_lfs_do() {
-        let mut file = tempfile::tempfile().expect("a file");
-        file.write_all(b"hello\n").expect("written");
-        let mut found = |etag: &str| check(&mut file, &Facts { etag: etag.into(), size: 6 }).expect("read");
-        // `printf 'hello\n' | git hash-object --stdin`, `printf 'hello\n' | sha256sum`
-        assert_eq!(found("ce013625030ba8dba906f756967f9e9ca394464a"), None);
-        assert_eq!(found("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"), None);
-        assert_eq!(found("0123").as_deref(), None, "a name that says nothing");
-        let other = "0".repeat(64);
-        assert_eq!(found(&other).as_deref(), Some("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"));
     }
 }

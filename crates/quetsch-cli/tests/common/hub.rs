@@ -179,7 +179,8 @@ impl Hub {
             let body = serde_json::json!({ "sha": sha, "siblings": siblings }).to_string();
             return say("200 OK", &[], body.as_bytes());
         }
-        let Some((repo, rest)) = path.trim_start_matches("/lfs").strip_prefix('/').and_then(|p| p.split_once("/resolve/"))
+        let Some((repo, rest)) =
+            path.trim_start_matches("/lfs").strip_prefix('/').and_then(|p| p.split_once("/resolve/"))
         else {
             return say("404 Not Found", &[], b"");
         };

@@ -45,7 +45,7 @@ fn run_with(place: &Place, hub: &Hub, line: &str, env: &[(&str, &str)]) -> Done 
     let mut command = place.command();
     command.env_remove("HF_HUB_OFFLINE").env_remove("TRANSFORMERS_OFFLINE").env_remove("HF_TOKEN");
     command.env("HF_ENDPOINT", hub.url()).args(line.split_whitespace());
-    env.iter().for_each(|(name, value)| drop(command.env(name, value)));
+    command.envs(env.iter().copied());
     let out = command.output().expect("the program runs");
     Done {
         code: out.status.code().unwrap_or(-1),
@@ -358,12 +358,78 @@ fn stages_and_recipes_name_models_and_data() {
     hub.asked();
     let again = ok(&place, &hub, "run recipe.toml");
     assert!(again.stdout.contains("nothing to do"), "{}", again.stdout);
-    // The hub is asked for its Parquet files only, which nobody made.
-    let asked = hub.asked();
-    assert!(asked.iter().all(|a| a.contains("refs%2Fconvert%2Fparquet")), "{asked:#?}");
-    ok(&place, &hub, "train --model org/tiny --train hf:org/cards:train --test hf:org/cards:test --epochs 1 --out trained");
-    ok(&place, &hub, "distill --teacher hf:org/tiny --revision main --train hf:org/cards --epochs 1 --layers 0 --out student");
+    assert_eq!(hub.asked(), Vec::<String>::new());
+    ok(
+        &place,
+        &hub,
+        "train --model org/tiny --train hf:org/cards:train --test hf:org/cards:test --epochs 1 --out trained",
+    );
+    ok(
+        &place,
+        &hub,
+        "distill --teacher hf:org/tiny --revision main --train hf:org/cards --epochs 1 --layers 0 --out student",
+    );
     let eval = ok(&place, &hub, "eval --model-id org/tiny --data hf:org/cards@main:test --format json");
     assert!(eval.stdout.contains("accuracy"), "{}", eval.stdout);
     fails(&place, &hub, "eval --model org/tiny --data hf:org/cards:dev", &["dev", "data/test.csv"]);
+}
+
+/// The hub's own Parquet files: parts of a split, labels by their names, and what the card then knows.
+#[test]
+fn data_sets_are_read_from_the_hubs_parquet() {
+    let place = Place::new();
+    let hub = hub(&place);
+    let readme = b"---\nlicense: apache-2.0\n---\n# Tiny\n";
+    hub.add(MODEL, &commit('a'), "README.md", readme, &git(readme));
+    let fixture = |name: &str| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/parquet");
+        std::fs::read(folder.join(name)).expect("the fixture")
+    };
+    let data = "datasets/org/intents@refs/convert/parquet";
+    for (name, file) in [
+        ("default/train/0000.parquet", "part-0.parquet"),
+        ("default/train/0001.parquet", "part-1.parquet"),
+        ("default/test/0000.parquet", "cards.parquet"),
+    ] {
+        let bytes = fixture(file);
+        hub.add(data, &commit('e'), name, &bytes, &sha256(&bytes));
+    }
+    let eval = ok(&place, &hub, "eval --model org/tiny --data hf:org/intents:train --format json");
+    let both = ok(&place, &hub, "eval --model org/tiny --data hf:org/intents --format json");
+    assert_eq!(eval.stdout, both.stdout, "the two parts are the whole");
+    assert!(hub.asked().iter().any(|a| a.contains("/datasets/org/intents/resolve/")));
+    ok(&place, &hub, "eval --model org/tiny --data hf:org/intents:default/test --gate accuracy>=0%");
+    let compared =
+        ok(&place, &hub, "compare org/tiny --data hf:org/intents --no-speed --no-baseline --format json");
+    assert!(compared.stdout.contains("\"name\": \"tiny\""), "{}", compared.stdout);
+    let info = ok(&place, &hub, "inspect org/tiny --revision main");
+    assert!(info.stdout.contains("parameters"), "{}", info.stdout);
+    let refs = place.read("hf/hub/datasets--org--intents/refs/refs/convert/parquet");
+    assert_eq!(refs, commit('e').as_bytes());
+    ok(
+        &place,
+        &hub,
+        "train --model org/tiny --train hf:org/intents --test hf:org/intents --epochs 1 --out trained",
+    );
+    ok(&place, &hub, "predict --model trained --input hf:org/intents:test --format jsonl");
+    assert_eq!(hub.asked(), Vec::<String>::new());
+    let card = String::from_utf8(place.read("trained/README.md")).expect("UTF-8");
+    let a = commit('a');
+    for part in [
+        "base_model: \"org/tiny\"\ndatasets: [\"org/intents\"]",
+        "\"dataset\":{\"type\":\"org/intents\"",
+        &format!("- made from org/tiny (commit {a}), whose card states the licence apache-2.0\n"),
+        &format!("- trained on org/intents (commit {})\n", commit('e')),
+        "licence of this model: not stated",
+    ] {
+        assert!(card.contains(part), "{part:?} is not in\n{card}");
+    }
+    assert!(!card.contains("license:"), "{card}");
+    fails(
+        &place,
+        &hub,
+        "eval --model org/tiny --data hf:org/intents:dev",
+        &["default/dev", "default/test, default/train"],
+    );
+    fails(&place, &hub, "eval --model org/tiny --data hf:org/intents:other/test", &["other/test"]);
 }

@@ -1,9 +1,9 @@
 //! `quetsch bench`: latency, throughput, loading time, memory, and the share of what this machine can compute. `compare`
 //! runs it in a process of its own for every model, so that the memory of one does not count for another.
 
+use crate::hub;
 use crate::ui::{self, Ui};
 use crate::work::round;
-use crate::hub;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use quetsch::batch::Encoding;
@@ -214,8 +214,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
         gop_per_s: round(rate / 1e9, 1),
         peak_share: round(rate / peak, 3),
     };
-    let against =
-        other.as_ref().map(|other| against(&classifier, &session, other, &texts, &lengths, threads, b));
+    let against = other.as_ref().map(|other| against(&classifier, &session, other, &texts, &lengths, threads, b));
     let speed = Speed {
         threads,
         threads_for_one: session.threads_for_one(),

@@ -4,8 +4,8 @@ mod words;
 
 use crate::args::Format;
 use crate::exit::usage;
-use crate::ui::{self, Ui};
 use crate::hub;
+use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::Args;
 use quetsch::data::Texts;

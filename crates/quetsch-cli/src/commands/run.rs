@@ -136,7 +136,8 @@ fn parameters(spec: &ModelSpec) -> usize {
 fn with_head(kind: &Kind, mut spec: ModelSpec, recipe: &Recipe) -> ModelSpec {
     if matches!(kind, Kind::Train(_)) && spec.head == HeadSpec::None {
         let path = recipe.local_data().train.as_ref();
-        let set = path.and_then(|p| crate::work::corpus::read(p.as_ref(), recipe.local_data(), Wanted::default()).ok());
+        let set =
+            path.and_then(|p| crate::work::corpus::read(p.as_ref(), recipe.local_data(), Wanted::default()).ok());
         let labels = set.as_ref().map_or(2, |s| s.names.len());
         spec.head = match set.map(|s| s.task.level) {
             Some(Level::Token) => HeadSpec::Tokens { labels },

@@ -3,7 +3,7 @@
 use crate::exit::usage;
 use crate::hub;
 use crate::recipe::Kind;
-use crate::settings::{Data, Finding, Level, Settings};
+use crate::settings::{Card, Data, Finding, Level, Settings};
 use crate::ui::{self, Ui};
 use crate::work::Job;
 use anyhow::Result;
@@ -18,6 +18,8 @@ pub struct Stage<T: Args> {
     settings: T,
     #[command(flatten)]
     data: Data,
+    #[command(flatten)]
+    card: Card,
     /// Branch, tag or commit of --model on the hub, of --teacher where there is no --model [default: main]
     #[arg(long)]
     revision: Option<String>,
@@ -39,6 +41,7 @@ pub struct Stage<T: Args> {
 pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result<()> {
     report(stage.settings.check(), ui)?;
     report(stage.data.check(), ui)?;
+    report(stage.card.check(), ui)?;
     let kind = kind(stage.settings);
     let mut inputs = BTreeMap::new();
     for (role, path) in kind.inputs() {
@@ -66,6 +69,7 @@ pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result
         kind: &kind,
         data: &data,
         unlabelled,
+        card: &stage.card,
         seed: kind.seed().unwrap_or(42),
         inputs,
         out: stage.out,
@@ -89,7 +93,7 @@ pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result
 }
 
 /// Findings about flags: the first error ends the command.
-fn report(findings: Vec<Finding>, ui: &Ui) -> Result<()> {
+pub fn report(findings: Vec<Finding>, ui: &Ui) -> Result<()> {
     for finding in findings {
         let message = format!("--{} {}", finding.key, finding.message);
         match finding.level {

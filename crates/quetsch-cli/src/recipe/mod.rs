@@ -10,7 +10,7 @@ mod search;
 
 use crate::exit::usage;
 use crate::hub;
-use crate::settings::{Compare, Data, Distill, Eval, Level, MORE_TEACHERS, Prune, Quantize, Settings, Train};
+use crate::settings::{Card, Compare, Data, Distill, Eval, Level, MORE_TEACHERS, Prune, Quantize, Settings, Train};
 use crate::ui::Ui;
 use anyhow::{Context, Result};
 use overrides::{Override, from_environment};
@@ -88,6 +88,8 @@ pub struct Recipe {
     pub cache: Option<PathBuf>,
     /// The data.
     pub data: Data,
+    /// What the models' cards say.
+    pub card: Card,
     /// The stages in order.
     pub stages: Vec<Stage>,
     /// Values outside their usual range.
@@ -224,7 +226,7 @@ impl Source {
                 let hint = "an id is made of letters, digits, - and _: it names a folder";
                 return Err(self.fault(&at, format!("id `{id}`: {hint}")));
             }
-            if id == "data" || ids.contains(&id) {
+            if id == "data" || id == "card" || ids.contains(&id) {
                 let hint = format!("the id `{id}` is taken; give this stage one of its own: id = \"...\"");
                 return Err(self.fault(&at, hint));
             }
@@ -237,9 +239,10 @@ impl Source {
         let value = o.value();
         let (table, steps) = match o.key.split_once('.') {
             None => (&mut self.table, path(&[&o.key])),
-            Some(("data", key)) => {
-                let data = self.table.entry("data").or_insert_with(|| Value::Table(Table::new()));
-                (data.as_table_mut().ok_or_else(|| usage("`data` must be a section [data]"))?, path(&["data", key]))
+            Some((name @ ("data" | "card"), key)) => {
+                let section = self.table.entry(name).or_insert_with(|| Value::Table(Table::new()));
+                let fault = || usage(format!("`{name}` must be a section [{name}]"));
+                (section.as_table_mut().ok_or_else(fault)?, path(&[name, key]))
             }
             Some((id, key)) => {
                 let Some(i) = ids.iter().position(|other| other == id) else {
@@ -319,9 +322,9 @@ impl Source {
 
     fn resolve(&self, ids: &[String]) -> Result<Recipe> {
         for key in self.table.keys() {
-            if !TOP_KEYS.contains(&key.as_str()) && key != "data" && key != "stage" {
+            if !TOP_KEYS.contains(&key.as_str()) && !["data", "card", "stage"].contains(&key.as_str()) {
                 let known = TOP_KEYS.join(", ");
-                let hint = format!("unknown key `{key}`; known keys: {known}, [data], [[stage]]");
+                let hint = format!("unknown key `{key}`; known keys: {known}, [data], [card], [[stage]]");
                 return Err(self.fault(&path(&[key]), hint));
             }
         }
@@ -340,6 +343,11 @@ impl Source {
             threads: self.value("threads")?,
             cache: self.value("cache")?,
             data,
+            card: match self.table.get("card") {
+                None => Card::default(),
+                Some(Value::Table(table)) => self.section(&path(&["card"]), table, &mut warnings)?,
+                Some(_) => return Err(self.fault(&path(&["card"]), "`card` must be a section [card]")),
+            },
             stages: vec![],
             warnings: vec![],
             fetched: None,
@@ -470,7 +478,9 @@ impl Recipe {
         let mut paths = BTreeMap::new();
         for kind in self.stages.iter().map(|s| &s.kind) {
             for (_, name) in kind.inputs() {
-                if let Some(name) = name.filter(|n| !paths.contains_key(n) && self.stages.iter().all(|s| s.id != *n)) {
+                if let Some(name) =
+                    name.filter(|n| !paths.contains_key(n) && self.stages.iter().all(|s| s.id != *n))
+                {
                     let path = hub::model(name.as_ref(), None, ui)?;
                     paths.insert(name, path);
                 }
@@ -506,6 +516,11 @@ impl Recipe {
             #[serde(skip_serializing_if = "Option::is_none")]
             cache: &'a Option<PathBuf>,
             data: &'a Data,
+            #[serde(skip_serializing_if = "is_default")]
+            card: &'a Card,
+        }
+        fn is_default(card: &Card) -> bool {
+            *card == Card::default()
         }
         let top = Top {
             model: &self.model,
@@ -514,6 +529,7 @@ impl Recipe {
             threads: self.threads,
             cache: &self.cache,
             data: &self.data,
+            card: &self.card,
         };
         let mut text = toml::to_string(&top)?;
         for stage in &self.stages {

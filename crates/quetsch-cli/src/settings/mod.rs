@@ -2,10 +2,12 @@
 //! `quetsch distill --alpha 0.3` and `[stage.distill] alpha = 0.3` are the same thing with the same default and the
 //! same check. Key `max-length` is flag `--max-length`.
 
+mod card;
 mod quantize;
 mod search;
 mod training;
 
+pub use card::Card;
 pub use quantize::{ComputeType, Quantize};
 pub use search::{Search, Space};
 pub use training::{ClassWeights, Kd, KeepEpoch, Measure, Precision, Qkv, Schedule, Training};

@@ -64,6 +64,7 @@ impl Recipe {
             kind: &stage.kind,
             data: self.local_data(),
             unlabelled: stage.kind.unlabelled().map(|name| self.place(name)),
+            card: &self.card,
             seed: self.seed,
             inputs,
             out: self.stage_dir(&stage.id),

@@ -145,6 +145,7 @@ impl Trial {
             threads: None,
             cache: Some(search.file.out.join("cache")),
             fetched: None,
+            card: Default::default(),
             data: search.data.clone(),
             stages: self.kind.iter().map(|kind| Stage { id: MODEL.into(), kind: kind.clone() }).collect(),
             warnings: vec![],

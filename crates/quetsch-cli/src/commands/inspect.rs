@@ -1,8 +1,10 @@
-//! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept.
+//! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept; or a
+//! pruning plan, also beside another one.
 
 use crate::ui::{Ui, mb, percent};
 use crate::work::REPORT;
 use crate::work::parts::{bytes, part_of};
+use crate::work::thin::read_plan;
 use anyhow::{Context, Result};
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
@@ -17,11 +19,11 @@ use std::path::{Path, PathBuf};
 /// Flags of `inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// Model directory
+    /// Model directory, or a pruning plan (plan.json)
     dir: PathBuf,
-    /// The float model that a quantised one was made from: how far every tensor lies from it. Without it --verbose
-    /// shows what was recorded when it was quantised
-    #[arg(long, value_name = "DIR")]
+    /// Of a quantised model, the float model that it was made from: how far every tensor lies from it. Without it
+    /// --verbose shows what was recorded when it was quantised. Of a plan, another one: what each removes alone
+    #[arg(long, value_name = "DIR|FILE")]
     against: Option<PathBuf>,
 }
 
@@ -66,6 +68,9 @@ struct Facts {
 
 /// Runs `inspect`.
 pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
+    if i.dir.is_file() {
+        return plan(i, ui);
+    }
     let ck = dir::read_checkpoint(&i.dir)?;
     let spec = &ck.spec;
     let mut parts: BTreeMap<&'static str, Part> = BTreeMap::new();
@@ -115,6 +120,18 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
         parts,
     };
     ui.result(human(&facts), &facts)
+}
+
+/// A plan, or what differs between two.
+fn plan(i: &Inspect, ui: &Ui) -> Result<()> {
+    let plan = read_plan(&i.dir)?;
+    match &i.against {
+        None => ui.result(plan.to_string(), &plan),
+        Some(other) => {
+            let diff = prune::diff(&plan, &read_plan(other)?)?;
+            ui.result(diff.to_string(), &diff)
+        }
+    }
 }
 
 /// What the stage that quantised a model wrote down.

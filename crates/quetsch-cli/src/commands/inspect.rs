@@ -86,8 +86,9 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
     });
     let sites =
         spec.linears().into_iter().map(|(l, ..)| (quant::site(spec, l), Scheme::of(ck.get(Tensor::W(l))).name()));
-    // A weight that is 0 by chance is no sparsity.
-    let zeros = prune::sparsity(&ck).into_iter().filter(|(_, share)| *share >= 0.001);
+    // A weight that is 0 by chance is no sparsity, nor one that rounding to 8 or 4 bits made 0 (up to a tenth of them).
+    let by_chance = |l| if Scheme::of(ck.get(Tensor::W(l))).float().is_some() { 0.001 } else { 0.1 };
+    let zeros = prune::sparsity(&ck).into_iter().filter(|(l, share)| *share >= by_chance(*l));
     let distortion = match &i.against {
         Some(parent) => quant::distortions(&dir::read_checkpoint(parent)?, &ck)?,
         None if ui.verbose => recorded(&i.dir)?,

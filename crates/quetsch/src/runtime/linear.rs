@@ -128,7 +128,7 @@ impl Linear {
             // With no column of its own there may be no element behind the offset.
             let out = out.get_mut(part.offset..).unwrap_or_default();
             match &part.weight {
-                // By rows: the `gemm` crate sums in another order for few columns.
+                // By rows: the `gemm-f32` crate sums in another order for few columns.
                 Weight::Dense(w) => {
                     let share = split::rows_of_product(team, rows, k, n);
                     let pieces = out.chunks_mut((share * step).max(1)).enumerate().take(rows.div_ceil(share));

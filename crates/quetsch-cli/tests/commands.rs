@@ -102,6 +102,46 @@ fn predict_prints_every_format() {
 }
 
 #[test]
+fn without_test_data_the_part_set_aside_stands_in() {
+    let place = Place::new();
+    let without = RECIPE.replace("test = \"test.csv\"", "validation = 0.25");
+    place.write("r.toml", without.replace("[[stage]]\n[stage.eval]\n", "").as_bytes());
+    let done = place.ok("run r.toml --gate accuracy>=0%");
+    assert!(done.stderr.contains("no test data") && done.stdout.contains("TF-IDF baseline"), "{}", done.stderr);
+    let report = json(&String::from_utf8_lossy(&place.read("out/compare/report.json")));
+    assert!(
+        report["data"]["held_out"] == true && report["sentences"] == 5,
+        "one sentence a label: {}",
+        report["data"]
+    );
+    let rows = |file: &str| String::from_utf8_lossy(&place.read(file)).lines().skip(1).count();
+    assert_eq!(
+        (rows("out/data/train.csv"), rows("out/data/validation.csv")),
+        (15, 5),
+        "the baseline sees the rest"
+    );
+    let report = String::from_utf8_lossy(&place.read("out/compare/report.html")).into_owned();
+    assert!(report.contains("No test data were given"));
+}
+
+#[test]
+fn what_cannot_be_measured_is_known_before_training() {
+    let place = Place::new();
+    let complains = |recipe: &str, says: &str| {
+        place.write("r.toml", recipe.as_bytes());
+        let done = place.run("run r.toml");
+        assert!(done.code != 0 && done.stderr.contains(says), "{says}: {} {}", done.code, done.stderr);
+        assert!(!place.path("out/teacher").exists(), "nothing was trained");
+    };
+    let without = RECIPE.replace("test = \"test.csv\"", "");
+    complains(&without, "which stage eval measures on");
+    complains(&without.replace("[[stage]]\n[stage.eval]\n", ""), "data.validation = 0.1");
+    // A label that no training sentence has.
+    place.write("strange.csv", b"text,label\nwhat is this,never_seen\n");
+    complains(&RECIPE.replace("test.csv", "strange.csv"), "never_seen");
+}
+
+#[test]
 fn a_recipe_runs_once_and_is_then_done() {
     let place = Place::new();
     place.write("r.toml", RECIPE.as_bytes());
@@ -311,6 +351,15 @@ fn a_student_learns_from_inside_its_teacher() {
     );
     place.ok("distill --teacher b --train train.csv --epochs 1 --out c");
     let report = json(&String::from_utf8_lossy(&place.read("c/report.json")));
+    assert!(report["layer_weights"].is_null(), "{report}");
+    place.ok("distill --teacher model --layers 0,2 --train train.csv --epochs 1 --hidden 1 --hidden-map weighted --out d");
+    let weighted = json(&String::from_utf8_lossy(&place.read("d/report.json")));
+    let weights = |layer: &str| -> Vec<f64> {
+        weighted["layer_weights"][layer].as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
+    };
+    for layer in ["0", "1"] {
+        assert!(weights(layer).len() == 3 && (weights(layer).iter().sum::<f64>() - 1.0).abs() < 1e-5, "{weighted}");
+    }
     assert!(report["epochs"][0]["hidden"].is_null(), "what is no part is not reported: {report}");
 }
 

@@ -1,9 +1,11 @@
-//! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept.
+//! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept; or a
+//! pruning plan, also beside another one.
 
 use crate::hub;
 use crate::ui::{Ui, mb, percent};
 use crate::work::REPORT;
 use crate::work::parts::{bytes, part_of};
+use crate::work::thin::read_plan;
 use anyhow::{Context, Result};
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
@@ -18,14 +20,14 @@ use std::path::{Path, PathBuf};
 /// Flags of `inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// Model directory, or ORG/NAME on the hub
+    /// Model directory, or ORG/NAME on the hub; or a pruning plan (plan.json)
     dir: PathBuf,
     /// Branch, tag or commit of a model on the hub [default: main]
     #[arg(long)]
     revision: Option<String>,
-    /// The float model that a quantised one was made from: how far every tensor lies from it. Without it --verbose
-    /// shows what was recorded when it was quantised
-    #[arg(long, value_name = "DIR")]
+    /// Of a quantised model, the float model that it was made from: how far every tensor lies from it. Without it
+    /// --verbose shows what was recorded when it was quantised. Of a plan, another one: what each removes alone
+    #[arg(long, value_name = "DIR|FILE")]
     against: Option<PathBuf>,
 }
 
@@ -70,6 +72,9 @@ struct Facts {
 
 /// Runs `inspect`.
 pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
+    if i.dir.is_file() {
+        return plan(i, ui);
+    }
     let folder = hub::model(&i.dir, i.revision.as_deref(), ui)?;
     let ck = dir::read_checkpoint(&folder)?;
     let spec = &ck.spec;
@@ -121,6 +126,18 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
         parts,
     };
     ui.result(human(&facts), &facts)
+}
+
+/// A plan, or what differs between two.
+fn plan(i: &Inspect, ui: &Ui) -> Result<()> {
+    let plan = read_plan(&i.dir)?;
+    match &i.against {
+        None => ui.result(plan.to_string(), &plan),
+        Some(other) => {
+            let diff = prune::diff(&plan, &read_plan(other)?)?;
+            ui.result(diff.to_string(), &diff)
+        }
+    }
 }
 
 /// What the stage that quantised a model wrote down.

@@ -157,7 +157,12 @@ impl Quantize {
 
     /// Whether it looks at training data.
     pub fn needs_data(&self) -> bool {
-        self.trains() || self.calibrates() || self.keep.iter().any(|k| k == "auto")
+        self.trains() || self.calibrates() || self.measures_sites()
+    }
+
+    /// Whether it measures how much each layer minds.
+    pub fn measures_sites(&self) -> bool {
+        self.keep.iter().any(|k| k == "auto")
     }
 
     fn calibrates(&self) -> bool {

@@ -3,6 +3,7 @@
 use crate::settings::Data;
 use crate::ui::Ui;
 use anyhow::{Context, Result, anyhow};
+use quetsch::atomic::write_file;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::data::{self, Dataset, Overlap, ReadOptions};
 use quetsch::runtime::Classifier;
@@ -159,6 +160,31 @@ pub fn facts(training: &Training, test: Option<&Test>) -> Facts {
         labels: all.names.len(),
         overlap: data::overlap(&all, measured),
     }
+}
+
+/// Writes the parts of a split as tables, `NAME.csv`, and their label order beside them. One label a text; `data` names
+/// the columns. Returns the paths.
+pub fn write_parts<const N: usize>(
+    folder: &Path,
+    data: &Data,
+    parts: [(&str, &Dataset); N],
+) -> Result<[String; N]> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let columns = [data.text_col.as_deref().unwrap_or("text"), data.label_col.as_deref().unwrap_or("label")];
+    let mut paths = [const { String::new() }; N];
+    for (path, (name, set)) in paths.iter_mut().zip(parts) {
+        let mut csv = csv::Writer::from_writer(vec![]);
+        csv.write_record(columns)?;
+        for (text, label) in set.texts.iter().zip(&set.labels) {
+            csv.write_record([text, &set.names[*label as usize]])?;
+        }
+        let file = folder.join(format!("{name}.csv"));
+        write_file(&file, &csv.into_inner().context("a table in memory")?)?;
+        *path = file.display().to_string();
+        // The order of the labels is that of the user's file, whatever comes first in a part of it.
+        write_file(folder.join("categories.json"), &super::pretty(&set.names)?)?;
+    }
+    Ok(paths)
 }
 
 /// blake3 of a file's bytes; where a name fits several files, of their hashes.

@@ -269,13 +269,16 @@ impl Run<'_> {
             0 => "all training data",
             _ => "training data without the validation part",
         };
-        let report = Map::from_iter([
+        let mut report = Map::from_iter([
             ("data".to_string(), serde_json::to_value(&facts)?),
             ("trained_on".to_string(), json!(trained_on)),
             ("epochs".to_string(), serde_json::to_value(&trained.epochs)?),
             ("steps".to_string(), json!(trained.steps)),
             ("kept_epoch".to_string(), json!(trained.kept_epoch)),
         ]);
+        if !trained.layer_weights.is_empty() {
+            report.insert("layer_weights".into(), serde_json::to_value(&trained.layer_weights)?);
+        }
         Ok((trained, report))
     }
 

@@ -18,7 +18,7 @@ pub mod quantize;
 pub mod report;
 pub mod search;
 mod teacher;
-mod thin;
+pub mod thin;
 
 use crate::exit::usage;
 use crate::recipe::Kind;
@@ -133,6 +133,11 @@ impl Job<'_> {
             && let Some(plan) = &s.plan
         {
             inputs.insert("plan".into(), corpus::hash_file(plan.as_ref())?);
+        }
+        if let Kind::Prune(s) = self.kind
+            && let Some(table) = &s.latency_table
+        {
+            inputs.insert("latency-table".into(), corpus::hash_file(table.as_ref())?);
         }
         let section = serde_json::to_value(self.kind)?;
         Provenance::new(self.kind.name(), &section[self.kind.name()], inputs)

@@ -2,6 +2,7 @@
 //! comparison itself; its layout is in `docs/report.md`.
 
 mod plot;
+mod tables;
 mod words;
 
 pub use words::Lang;
@@ -15,7 +16,7 @@ use anyhow::Result;
 use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
 use minijinja::{Environment, UndefinedBehavior};
 use plot::{Axis, Mark, Plot, line, mark, place_labels};
-use quetsch::metrics::{Agreement, Distance};
+use quetsch::metrics::{Agreement, ClassMetrics, Distance};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -24,6 +25,12 @@ type Words = BTreeMap<&'static str, &'static str>;
 
 /// The accuracy, in shares, that the recommended variant may lose against the first one, unless a search says.
 const MAX_DROP: f64 = 0.005;
+/// Said where there were no test data.
+const HELD_OUT: (&str, &str) = (
+    "No test data were given: all figures are of a part of the training data that was set aside, and what was chosen on \
+     that part looks better here than it is.",
+    "没有提供测试数据:所有数字均来自训练数据中留出的部分;凡在该部分上做出的选择,在此会显得偏好。",
+);
 /// Changed answers and confusions that the page lists.
 const FLIPS_LISTED: usize = 12;
 const CONFUSIONS_LISTED: usize = 10;
@@ -189,6 +196,9 @@ impl Comparison {
         let (n, a, b) = (self.sentences, percent(shown.labels().accuracy), percent(first.labels().accuracy));
         let (name, old) = (&shown.name, &first.name);
         let mut s = vec![];
+        if self.data.held_out {
+            s.push(lang.pick(HELD_OUT.0, HELD_OUT.1).into());
+        }
         if shown.name == first.name {
             let [low, high] = shown.labels().accuracy_interval.map(percent);
             s.push(match zh {
@@ -355,17 +365,20 @@ impl Comparison {
             "summary": self.summary(lang),
             "rows": self.variants.iter().map(|v| self.row(v)).collect::<Vec<_>>(),
             "shown": self.shown(),
+            "tiles": self.models().next().zip(self.shown()).map(|(first, v)| tables::tiles(first, v, &w)),
             "tradeoffs": self.tradeoffs(&w),
             "has_front": self.models().count() > 1,
-            "sizes": self.models().map(|v| size_bar(v, largest.unwrap_or(1))).collect::<Vec<_>>(),
-            "stores": self.models().filter_map(store).collect::<Vec<_>>(),
+            "sizes": self.models().map(|v| tables::size_bar(v, largest.unwrap_or(1))).collect::<Vec<_>>(),
+            "stores": self.models().filter_map(|v| tables::store(v, &w)).collect::<Vec<_>>(),
+            "sensitivity": self.models().filter_map(tables::sensitivity).collect::<Vec<_>>(),
+            "classes": self.classes(),
             "losses": self.losses(&w),
             "reliability": self.reliability(&w),
             "keys": self.reliability_keys(),
             "flips": self.flips(),
             "confusions": self.shown().map(|v| v.labels().confusions.iter().take(CONFUSIONS_LISTED).collect::<Vec<_>>()),
             "calibrated": self.calibrated(),
-            "made": self.models().filter_map(|v| Some((&v.name, made_from(v)?))).collect::<Vec<_>>(),
+            "made": self.models().filter_map(|v| Some((&v.name, tables::made_from(v)?))).collect::<Vec<_>>(),
         });
         let page = env.get_template("page.html")?.render(minijinja::value::Serde(&page))?;
         Ok(page)
@@ -385,6 +398,7 @@ impl Comparison {
                 percent(v.labels().accuracy),
                 format!("{:.1}-{:.1}", 100.0 * low, 100.0 * high),
                 percent(v.labels().macro_f1),
+                percent(v.labels().weighted_f1),
                 percent(v.labels().top_3),
                 v.worst_recall.as_ref().map_or_else(none, |w| percent(w.recall)),
                 // The baseline's margins are no probabilities.
@@ -510,6 +524,19 @@ impl Comparison {
         keys.map(|(v, class)| (class, format!("{} (ECE {:.3})", v.name, v.labels().ece))).collect()
     }
 
+    /// The shown model label by label, those found least often first, beside the first model.
+    fn classes(&self) -> Vec<Value> {
+        let (Some(first), Some(shown)) = (self.models().next(), self.shown()) else { return vec![] };
+        let mut rows: Vec<_> = shown.labels().per_class.iter().zip(&first.labels().per_class).collect();
+        rows.sort_by(|a, b| a.0.recall.total_cmp(&b.0.recall).then(a.0.f1.total_cmp(&b.0.f1)));
+        let row = |(own, old): (&ClassMetrics, &ClassMetrics)| {
+            let shares = [own.precision, own.recall, own.f1, old.f1].map(percent);
+            json!({ "label": own.label, "support": own.support, "shares": shares })
+        };
+        // A label without a test sentence has no recall.
+        rows.into_iter().filter(|(own, _)| own.support > 0).map(row).collect()
+    }
+
     fn calibrated(&self) -> Vec<Value> {
         let row = |v: &Variant| {
             let c = v.calibrated.as_ref()?;
@@ -553,34 +580,6 @@ fn cost(first: &Variant, v: &Variant, zh: bool) -> String {
         };
     }
     text + if zh { "。" } else { "." }
-}
-
-fn size_bar(v: &Variant, largest: usize) -> Value {
-    let share = |bytes: usize| crate::work::round(100.0 * bytes as f64 / largest.max(1) as f64, 2);
-    let parts = v.parts.iter().map(|p| {
-        let size = format!("{:.1} MB", mb(p.bytes as u64));
-        json!({ "part": p.part, "share": share(p.bytes), "size": size, "parameters": p.parameters })
-    });
-    let total: usize = v.parts.iter().map(|p| p.bytes).sum();
-    json!({ "name": v.name, "parts": parts.collect::<Vec<_>>(), "total": format!("{:.1} MB", mb(total as u64)) })
-}
-
-/// How a variant's weights are stored: many sites as a number, few by name.
-fn store(v: &Variant) -> Option<Value> {
-    let storage = v.storage.as_ref()?;
-    let schemes = storage.linears.iter().map(|(scheme, sites)| {
-        let names = (sites.len() <= 3).then(|| sites.join(", "));
-        json!({ "scheme": scheme, "n": sites.len(), "names": names })
-    });
-    Some(json!({ "name": v.name, "embeddings": storage.embeddings, "schemes": schemes.collect::<Vec<_>>() }))
-}
-
-fn made_from(v: &Variant) -> Option<String> {
-    let p = v.provenance.as_ref()?;
-    let short = |hash: &String| hash.chars().take(12).collect::<String>();
-    let inputs: Vec<_> = p.inputs.iter().map(|(role, hash)| format!("{role} {}", short(hash))).collect();
-    let settings: Vec<_> = p.settings.iter().map(|(key, value)| format!("{key} {value}")).collect();
-    Some(format!("{} | {} | {} | {}", p.tool, p.stage, inputs.join(", "), settings.join(", ")))
 }
 
 /// Text that means itself in a Markdown table.

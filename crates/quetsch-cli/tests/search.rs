@@ -165,17 +165,20 @@ fn time_that_is_up_ends_the_training_not_the_search() {
 #[test]
 fn a_first_round_may_cut_without_training() {
     let place = place();
-    let line = "search search.toml --threads 1 --set search.rungs=[0,1] --set prune.score=fisher --set prune.tune=weights";
+    let line =
+        "search search.toml --threads 1 --set search.rungs=[0,1] --set prune.score=fisher --set prune.tune=weights";
     place.ok(line);
     let r = record(&place);
-    let (cut, trained): (Vec<&Value>, Vec<&Value>) = of_stage(&r, "round").into_iter().partition(|t| t["epochs"] == 0);
+    let (cut, trained): (Vec<&Value>, Vec<&Value>) =
+        of_stage(&r, "round").into_iter().partition(|t| t["epochs"] == 0);
     // Four shapes: each that is cut is cut once; the better two are trained, from what they were cut to.
     assert!(trained.len() == 2 && !cut.is_empty() && cut.iter().all(|t| t["rung"] == 0), "{r:#}");
     let is_cut = |t: &Value| t["name"].as_str().is_some_and(|n| n.contains("-h") || n.contains("-f"));
     assert!(cut.iter().all(|t| is_cut(t)), "what is not cut is the student itself: {cut:?}");
     for t in trained.into_iter().filter(|t| is_cut(t)) {
-        let recipe = String::from_utf8_lossy(&place.read(&format!("{}/../recipe.toml", t["dir"].as_str().expect("a dir"))))
-            .into_owned();
+        let recipe =
+            String::from_utf8_lossy(&place.read(&format!("{}/../recipe.toml", t["dir"].as_str().expect("a dir"))))
+                .into_owned();
         assert!(recipe.contains("stage.distill") && recipe.contains(".r0-"), "{recipe}");
     }
 }

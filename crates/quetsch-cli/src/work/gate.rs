@@ -102,7 +102,9 @@ impl Figure {
     /// Whether it is one of a task's.
     fn is_of(self, problem: Problem) -> bool {
         match self {
-            Figure::Accuracy | Figure::MacroF1 | Figure::WeightedF1 | Figure::Top3 => problem != Problem::Regression,
+            Figure::Accuracy | Figure::MacroF1 | Figure::WeightedF1 | Figure::Top3 => {
+                problem != Problem::Regression
+            }
             Figure::WorstRecall | Figure::Flips | Figure::Agreement => problem != Problem::Regression,
             Figure::MicroF1 => problem == Problem::MultiLabel,
             Figure::R2 | Figure::Pearson => problem == Problem::Regression,

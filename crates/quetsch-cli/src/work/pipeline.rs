@@ -216,12 +216,16 @@ fn measured(recipe: &Recipe, stages: &[Stage], options: &Options, ui: &Ui) -> Re
         return Err(usage(format!("{missing}, which stage {} measures on", stage.id)));
     }
     if data.validation == 0.0 || data.train.is_none() {
-        return Err(usage(format!("{missing}, or data.validation = 0.1 to compare on a part of the training data")));
+        return Err(usage(format!(
+            "{missing}, or data.validation = 0.1 to compare on a part of the training data"
+        )));
     }
     let split = corpus::training(&data, corpus::Wanted::default(), recipe.seed, ui)?;
     if split.train.task != Task::default() {
         let task = split.train.task;
-        return Err(usage(format!("{missing} (the part set aside stands in for it with one label a text only, not {task})")));
+        return Err(usage(format!(
+            "{missing} (the part set aside stands in for it with one label a text only, not {task})"
+        )));
     }
     if split.validation.is_empty() {
         return Err(usage(format!("{missing}; {} sentences are too few to set a part aside", split.train.len())));

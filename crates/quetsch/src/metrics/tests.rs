@@ -57,7 +57,8 @@ fn as_scikit_learn_and_scipy() {
         let mut listed = u64::MAX;
         let index = |name: &Value| name.as_str().unwrap().trim_start_matches("LABEL_").parse::<usize>().unwrap();
         for c in found["confusions"].as_array().unwrap() {
-            let (truth, predicted, count) = (index(&c["truth"]), index(&c["predicted"]), c["count"].as_u64().unwrap());
+            let (truth, predicted, count) =
+                (index(&c["truth"]), index(&c["predicted"]), c["count"].as_u64().unwrap());
             (own[truth][predicted], listed) = (count, listed.min(count));
         }
         assert!(found["confusions"].as_array().unwrap().len() == CONFUSIONS, "{side}: enough to fill the list");
@@ -91,7 +92,8 @@ fn as_scikit_learn_and_scipy() {
 
     // Two bootstraps of other random numbers: an end of 2,000 resamples has a
     // standard error of about 0.002 here, and means of 200 rows are multiples of 0.005.
-    for (bound, expected) in found.delta_interval.into_iter().zip(fixture["bootstrap_interval"].as_array().unwrap()) {
+    for (bound, expected) in found.delta_interval.into_iter().zip(fixture["bootstrap_interval"].as_array().unwrap())
+    {
         let expected = expected.as_f64().unwrap();
         assert!((bound - expected).abs() <= 0.0051, "{:?}, scipy's end {expected}", found.delta_interval);
     }

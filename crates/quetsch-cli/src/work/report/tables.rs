@@ -27,7 +27,11 @@ pub fn tiles(first: &Variant, v: &Variant, w: &Words) -> Vec<Value> {
         let (old, new) = (a.latency_ms.p50, b.latency_ms.p50);
         tiles.push(tile(w["tile_latency"], format!("{new:.2} ms"), format!("{old:.2} ms ({})", smaller(old, new))));
         if let (Some(old), Some(new)) = (a.peak_rss_mb, b.peak_rss_mb) {
-            tiles.push(tile(w["tile_memory"], format!("{new:.0} MB"), format!("{old:.0} MB ({})", smaller(old, new))));
+            tiles.push(tile(
+                w["tile_memory"],
+                format!("{new:.0} MB"),
+                format!("{old:.0} MB ({})", smaller(old, new)),
+            ));
         }
     }
     tiles

@@ -122,7 +122,9 @@ fn the_page_shows_every_part() {
         assert!(page.contains(part), "{part}");
     }
     let words = Lang::En.words();
-    for (site, why) in [("layer.0.ffn_down", "why_measured"), ("head.4", "why_last"), ("layer.9.query", "why_asked")] {
+    for (site, why) in
+        [("layer.0.ffn_down", "why_measured"), ("head.4", "why_last"), ("layer.9.query", "why_asked")]
+    {
         assert!(page.contains(&format!("{site}, {}", words[why])), "{site}: why it is in float");
     }
     for part in ["width: 20.0%", "How much each layer minds", "Label by label"] {
@@ -136,7 +138,10 @@ fn the_page_shows_every_part() {
 fn the_summary_says_what_was_measured() {
     let mut c = comparison();
     c.variants[0].name = "big".into();
-    let text = |c: &Comparison, lang| c.summary(lang).sentences.join(" ");
+    let text = |c: &Comparison, lang| {
+        let summary = c.summary(lang);
+        summary.sentences.into_iter().chain(summary.cost).collect::<Vec<_>>().join(" ")
+    };
     let en = text(&c, Lang::En);
     assert!(en.contains("No smaller model stays within 0.5 points of big"), "{en}");
     assert!(en.contains("4.0 times smaller") && en.contains("2.0 times as fast"), "{en}");
@@ -147,7 +152,9 @@ fn the_summary_says_what_was_measured() {
     c.variants[1].figures = c.variants[0].figures.clone();
     assert_eq!(c.summary(Lang::En).recommended.as_deref(), Some("small"));
     c.data.held_out = true;
-    assert!(text(&c, Lang::En).contains("No test data were given") && text(&c, Lang::Zh).contains("没有提供测试数据"));
+    assert!(
+        text(&c, Lang::En).contains("No test data were given") && text(&c, Lang::Zh).contains("没有提供测试数据")
+    );
     c.variants.truncate(1);
     assert!(text(&c, Lang::En).contains("of 6 test sentences right"));
     c.html("one model", Lang::En).expect("one model alone is a page too");

@@ -104,7 +104,11 @@ const WORDS: &[(&str, &str, &str)] = &[
         "LayerNorm 与偏置没有量化形式。词嵌入表与最后一个线性层默认保持不变:后者体积小,且决定相近类别的取舍。",
     ),
     ("in_float", "in float", "保留浮点"),
-    ("why_last", "the last linear: decides between close labels, and is small", "最后一个线性层:体积小,且决定相近类别的取舍"),
+    (
+        "why_last",
+        "the last linear: decides between close labels, and is small",
+        "最后一个线性层:体积小,且决定相近类别的取舍",
+    ),
     ("why_asked", "asked for", "由配置指定"),
     ("why_measured", "measured: quantised alone, answers that change:", "实测:仅量化该层时答案改变数:"),
     ("sensitivity", "How much each layer minds being quantised", "各层对量化的敏感度"),

@@ -532,14 +532,14 @@ fn gradients_from_inside_are_finite_differences() {
         let (encodings, labels) = (sentences(5, 30, 9), labels(5));
         let logits = teacher.logits(&encodings, 1).unwrap();
         let links = all_links(&ck.spec, teacher.spec());
-        let features = Some(Features { teacher: &teacher, encodings: &encodings, links: &links });
+        let features = Features { teacher: &teacher, encodings: &encodings, links: &links };
         let soft = Soft {
             alpha: 0.4,
             temperature: 2.0,
             logits: &logits,
             logits_weight: 0.3,
             logits_loss: Measure::Cosine,
-            features,
+            features: Some(features),
             ..Soft::default()
         };
         let objective = Objective::Distill(
@@ -548,7 +548,7 @@ fn gradients_from_inside_are_finite_differences() {
         );
         let mut params = Params::new(&ck, &[]);
         let model = params.table.len();
-        features.unwrap().add_parameters(&mut params, 3);
+        features.add_parameters(&mut params, 3);
         // A projection for each of the seven links of hidden states and embeddings, weights for two.
         assert_eq!(params.table.len() - model, if width == 24 { 2 } else { 9 });
         for i in model..params.table.len() {

@@ -407,8 +407,7 @@ impl Source {
             Kind::Eval(s) => s.model = s.model.take().or_else(before),
             Kind::Compare(s) => {
                 if s.models.is_empty() {
-                    s.models =
-                        recipe.stages.iter().filter(|s| s.kind.makes_model()).map(|s| s.id.clone()).collect();
+                    s.models = results(&recipe.stages).map(|s| s.id.clone()).collect();
                 }
             }
         }
@@ -428,6 +427,16 @@ impl Source {
         }
         Ok(())
     }
+}
+
+/// The stages whose models answer the data's labels: all that make one, but for shapes that a later `train` starts from.
+pub fn results(stages: &[Stage]) -> impl Iterator<Item = &Stage> {
+    let is_start = move |stage: &Stage| {
+        let untrained = matches!(&stage.kind, Kind::Prune(s) if s.training.epochs == 0);
+        let starts = |s: &Stage| matches!(&s.kind, Kind::Train(t) if t.model.as_ref() == Some(&stage.id));
+        untrained && stages.iter().any(starts)
+    };
+    stages.iter().filter(move |s| s.kind.makes_model() && !is_start(s))
 }
 
 impl Kind {

@@ -4,7 +4,7 @@ use super::compare::{Comparison, Plan, compare};
 use super::gate::{self, Gate};
 use super::{Job, corpus, pretty};
 use crate::exit::{interrupted, usage};
-use crate::recipe::{Kind, Recipe, Stage};
+use crate::recipe::{self, Kind, Recipe, Stage};
 use crate::settings::{Compare, Data};
 use crate::ui::{Ui, duration, is_interrupted};
 use anyhow::{Context, Result};
@@ -168,9 +168,8 @@ fn check_gates(
     if let Some(comparison) = comparison {
         return gate::verdict(&comparison.gates);
     }
-    let models = stages.iter().filter(|s| s.kind.makes_model());
     let plan = Plan {
-        models: models.map(|s| (s.id.clone(), recipe.stage_dir(&s.id))).collect(),
+        models: recipe::results(stages).map(|s| (s.id.clone(), recipe.stage_dir(&s.id))).collect(),
         data,
         calibration: None,
         settings: &Compare { no_baseline: true, no_speed: !gate::timed(&options.gates), ..Compare::default() },

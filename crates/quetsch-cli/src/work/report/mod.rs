@@ -159,9 +159,17 @@ impl Comparison {
         self.models().skip(1).filter(good).min_by(|a, b| cost(a).total_cmp(&cost(b)))
     }
 
-    /// The variant that the page shows in detail: the recommended one, else the last.
+    /// The variant that the page shows in detail: the recommended one, else of those after the first the most accurate,
+    /// of equals the smallest.
     fn shown(&self) -> Option<&Variant> {
-        self.recommended().or_else(|| self.models().last())
+        let nearest = || {
+            let order = |v: &Variant| (-v.labels().accuracy, v.disk_bytes as f64);
+            self.models().skip(1).min_by(|a, b| {
+                let ((a, x), (b, y)) = (order(a), order(b));
+                a.total_cmp(&b).then(x.total_cmp(&y))
+            })
+        };
+        self.recommended().or_else(nearest).or_else(|| self.models().next())
     }
 
     /// For a terminal: numbers to the right, the best accuracy in bold.
@@ -188,18 +196,17 @@ impl Comparison {
 
     /// What the columns of the table mean.
     pub fn legend(&self) -> String {
-        if self.is_numbers() {
-            return format!(
-                "{} sentences, {} threads. mean diff, max diff and Pearson compare the numbers with the parent's; p50 is \
-                 one sentence at a time, tokenising included; each model was timed in a process of its own.",
-                self.sentences, self.threads
-            );
-        }
-        format!(
-            "{} sentences, {} threads. delta, flips (changed predictions) and McNemar's p are against the parent; p50 is \
-             one sentence at a time, tokenising included; each model was timed in a process of its own.",
-            self.sentences, self.threads
-        )
+        let compared = match self.is_numbers() {
+            true => "mean diff, max diff and Pearson compare the numbers with the parent's",
+            false => "delta, flips (changed predictions) and McNemar's p are against the parent",
+        };
+        let timed = match self.models().any(|v| v.speed.is_some()) {
+            true => {
+                "; p50 is one sentence at a time, tokenising included; each model was timed in a process of its own"
+            }
+            false => "",
+        };
+        format!("{} sentences, {} threads. {compared}{timed}.", self.sentences, self.threads)
     }
 
     /// For a pull request: the summary, the table, the gates.

@@ -57,8 +57,8 @@ impl Comparison {
             let drop = 100.0 * self.max_drop();
             if self.recommended().is_none() {
                 s.push(match zh {
-                    true => format!("没有任何较小的模型能将损失控制在 {old} 的 {drop} 个百分点以内并通过所有门槛;以下为 {name} 的情况。"),
-                    false => format!("No smaller model stays within {drop} points of {old} and meets every gate; this is {name}."),
+                    true => format!("没有任何较小的模型能将损失控制在 {old} 的 {drop} 个百分点以内并通过所有门槛;最接近的是 {name}。"),
+                    false => format!("No smaller model stays within {drop} points of {old} and meets every gate; the nearest is {name}."),
                 });
             } else if self.chosen.is_some() {
                 s.push(match zh {

@@ -101,6 +101,39 @@ fn predict_prints_every_format() {
     assert_eq!(String::from_utf8_lossy(&fewer.expect("runs").stdout).lines().count(), 2, "the environment counts");
 }
 
+/// Other column names, another delimiter, another alphabet, labels that the model does not know, one of them once.
+#[test]
+fn init_and_run_need_no_edits() {
+    let place = Place::new();
+    let mut rows = String::from("nr;frage;thema\n");
+    for i in 0..12 {
+        rows += &format!("{i};wo ist meine karte {i};Karte\n{i};neue pin bitte {i};PIN ändern\n");
+        rows += if i < 6 { "9;退款在哪里;退款\n" } else { "" };
+    }
+    place.write("fragen.csv", format!("{rows}77;\"sonst; etwas\";Sonstiges\n").as_bytes());
+    let said = place.ok("init fragen.csv --model model");
+    assert!(said.stderr.contains("`frage` looks like the text and `thema` like the label"), "{}", said.stderr);
+    assert!(said.stderr.contains("unknown to this encoder"), "{}", said.stderr);
+    let done = place.ok("run quetsch.toml");
+    assert!(done.stdout.contains("TF-IDF baseline") && place.path("quetsch/compare/report.html").exists());
+
+    // The commented stages are a recipe, too.
+    let recipe = String::from_utf8_lossy(&place.read("quetsch.toml")).into_owned();
+    let (before, rest) = recipe.split_once("to have it.\n").expect("the optional stages");
+    let (plain, after) = rest.split_once("\n# 5.").expect("the last stage");
+    let plain =
+        plain.lines().map(|l| l.trim_start_matches("# ").trim_end_matches('#')).collect::<Vec<_>>().join("\n");
+    place.write("plain.toml", format!("{before}\n{plain}\n# 5.{after}").as_bytes());
+    let done = place.ok("run plain.toml --set out=quetsch");
+    assert!(done.stdout.contains("nothing to do") && done.stdout.contains("plain"), "{}", done.stdout);
+    let report = json(&String::from_utf8_lossy(&place.read("quetsch/compare/report.json")));
+    let parameters = |name: &str| {
+        let all = report["variants"].as_array().expect("variants").iter();
+        all.filter(|v| v["name"] == name).map(|v| v["parameters"].as_u64()).next().flatten()
+    };
+    assert!(parameters("plain").is_some() && parameters("plain") == parameters("pruned"), "of the same size");
+}
+
 #[test]
 fn without_test_data_the_part_set_aside_stands_in() {
     let place = Place::new();

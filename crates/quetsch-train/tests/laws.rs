@@ -328,6 +328,18 @@ fn check_resumed(settings: &FitSettings) {
         let other = State { key: "other".into(), ..state(true) };
         let refused = fit(&ck, &set, &CE, settings, Some(&other), &mut |_| ControlFlow::Continue(()));
         assert!(refused.err().unwrap().to_string().contains("other inputs or settings"));
+        // A file that says it has taken 10^18 steps is not believed: nothing of that size is asked for.
+        let file = place.join("state.safetensors");
+        let bytes = std::fs::read(&file).unwrap();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let text = String::from_utf8(bytes[8..8 + header].to_vec()).unwrap();
+        let said = text.split("\"step\":\"").nth(1).and_then(|t| t.split('"').next()).unwrap();
+        let text = text.replace(&format!("\"step\":\"{said}\""), "\"step\":\"1000000000000000000\"");
+        std::fs::write(&file, [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &bytes[8 + header..]].concat())
+            .unwrap();
+        let refused = fit(&ck, &set, &CE, settings, Some(&state(true)), &mut |_| ControlFlow::Continue(()));
+        let refused = refused.err().unwrap().to_string();
+        assert!(refused.contains("history") && refused.contains("expected those of"), "{refused}");
     }
 }
 
@@ -520,14 +532,14 @@ fn gradients_from_inside_are_finite_differences() {
         let (encodings, labels) = (sentences(5, 30, 9), labels(5));
         let logits = teacher.logits(&encodings, 1).unwrap();
         let links = all_links(&ck.spec, teacher.spec());
-        let features = Some(Features { teacher: &teacher, encodings: &encodings, links: &links });
+        let features = Features { teacher: &teacher, encodings: &encodings, links: &links };
         let soft = Soft {
             alpha: 0.4,
             temperature: 2.0,
             logits: &logits,
             logits_weight: 0.3,
             logits_loss: Measure::Cosine,
-            features,
+            features: Some(features),
             ..Soft::default()
         };
         let objective = Objective::Distill(
@@ -536,7 +548,7 @@ fn gradients_from_inside_are_finite_differences() {
         );
         let mut params = Params::new(&ck, &[]);
         let model = params.table.len();
-        features.unwrap().add_parameters(&mut params, 3);
+        features.add_parameters(&mut params, 3);
         // A projection for each of the seven links of hidden states and embeddings, weights for two.
         assert_eq!(params.table.len() - model, if width == 24 { 2 } else { 9 });
         for i in model..params.table.len() {

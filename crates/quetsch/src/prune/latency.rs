@@ -171,8 +171,7 @@ fn time(model: &Model, batch: &Batch, ws: &mut Workspace) -> f64 {
         x = ops::layer(&mut ops, 0, x, batch);
         runs += 1;
     }
-    let us = start.elapsed().as_secs_f64() * 1e6 / f64::from(runs);
-    us
+    start.elapsed().as_secs_f64() * 1e6 / f64::from(runs)
 }
 
 impl LatencyTable {

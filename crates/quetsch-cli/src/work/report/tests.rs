@@ -138,7 +138,10 @@ fn the_page_shows_every_part() {
 fn the_summary_says_what_was_measured() {
     let mut c = comparison();
     c.variants[0].name = "big".into();
-    let text = |c: &Comparison, lang| c.summary(lang).sentences.join(" ");
+    let text = |c: &Comparison, lang| {
+        let summary = c.summary(lang);
+        summary.sentences.into_iter().chain(summary.cost).collect::<Vec<_>>().join(" ")
+    };
     let en = text(&c, Lang::En);
     assert!(en.contains("No smaller model stays within 0.5 points of big"), "{en}");
     assert!(en.contains("4.0 times smaller") && en.contains("2.0 times as fast"), "{en}");

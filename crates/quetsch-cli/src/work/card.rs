@@ -287,7 +287,7 @@ fn table(origin: &Origin, name: &str, report: &Value) -> String {
     let none = || "-".to_string();
     let row = |name: &str, parameters: Option<u64>, bytes: Option<u64>, test: Option<&Value>| {
         let mut cells = vec![
-            one_line(name),
+            name.to_string(),
             parameters.map_or_else(none, |n| format!("{:.2} M", n as f64 / 1e6)),
             bytes.map_or_else(none, |b| format!("{:.1}", mb(b))),
         ];
@@ -303,7 +303,7 @@ fn table(origin: &Origin, name: &str, report: &Value) -> String {
     for parent in &origin.parents {
         let test = Value::Object(parent.test.clone());
         let same = !reference["data"].is_null() && test["data"] == reference["data"];
-        text += &row(&parent.name, parent.parameters, parent.disk_bytes, same.then_some(&test));
+        text += &row(&one_line(&parent.name), parent.parameters, parent.disk_bytes, same.then_some(&test));
     }
     text += &row(
         &format!("**{}**", one_line(name)),
@@ -324,8 +324,8 @@ fn table(origin: &Origin, name: &str, report: &Value) -> String {
 
 fn rights(origin: &Origin) -> String {
     let said = &origin.said;
-    let stated = |x: &Option<String>| x.clone().unwrap_or("not stated".into());
-    let list = |x: &Vec<String>| if x.is_empty() { "not stated".to_string() } else { x.join(", ") };
+    let stated = |x: &Option<String>| x.as_ref().map_or("not stated".into(), |x| one_line(x));
+    let list = |x: &Vec<String>| if x.is_empty() { "not stated".to_string() } else { one_line(&x.join(", ")) };
     let mut text = format!(
         "## Licence and credits\n\n- licence of this model: {}\n- base model: {}\n- data: {}\n- languages: {}\n",
         stated(&said.license),
@@ -378,7 +378,9 @@ mod tests {
         let report = json!({ "stage": "train", "origin": origin });
         let text = card("m|\n---", &config(), &report, &Value::Null);
         assert_eq!(text.lines().filter(|l| *l == "---").count(), 2, "{text}");
-        assert!(text.lines().any(|l| l == "| p \\| q  | - | - |"), "{text}");
+        for row in ["| p \\| q  | - | - |", "| **m\\| ---** | - | - |"] {
+            assert!(text.lines().any(|l| l == row), "{row}\n{text}");
+        }
         assert!(!text.contains("<script>"), "{text}");
     }
 

@@ -337,6 +337,7 @@ unsafe fn queries<V: Lanes, const R: usize>(head: &mut Head, first: usize, rows:
 /// # Safety
 /// As for [`run`]; `C` vectors are what `len` keys take.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // r and c name rows and vectors of several arrays
 unsafe fn in_registers<V: Lanes, const R: usize, const C: usize>(
     q: [*const f32; R],
     keys: [*const f32; C],

@@ -5,7 +5,7 @@
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::dir::{self, ModelDir, Source};
-use quetsch::quant::{Compute, quantise};
+use quetsch::quant::quantise;
 use quetsch::runtime::{Classifier, Model};
 use quetsch::spec::Tensor;
 use std::fs;
@@ -21,7 +21,7 @@ fn write(path: &Path, checkpoint: &Checkpoint) {
 }
 
 fn load(path: &Path) -> quetsch::Result<Model> {
-    Model::load(Source::open(path)?, Compute::F32)
+    Model::load(Source::open(path)?)
 }
 
 /// Sentences that between them have every word piece; some of them twice.

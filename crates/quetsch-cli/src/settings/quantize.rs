@@ -113,7 +113,7 @@ impl From<ComputeType> for quetsch::quant::Compute {
 #[serde(default, rename_all = "kebab-case")]
 pub struct Quantize {
     /// Model to quantise; a recipe may name an earlier stage
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// Scheme: f32, f16, bf16, int8, int8-static, int8-weight, bnb-int8, nf4 or fp4
@@ -166,7 +166,12 @@ impl Quantize {
 
     /// Whether it looks at training data.
     pub fn needs_data(&self) -> bool {
-        self.trains() || self.calibrates() || self.keep.iter().any(|k| k == "auto")
+        self.trains() || self.calibrates() || self.measures_sites()
+    }
+
+    /// Whether it measures how much each layer minds.
+    pub fn measures_sites(&self) -> bool {
+        self.keep.iter().any(|k| k == "auto")
     }
 
     fn calibrates(&self) -> bool {

@@ -43,7 +43,7 @@ impl Classifier {
         // Half of the time until the first answer is the tokeniser's.
         let (model, tokenizer) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::new(&dir::read_tokenizer(path)?));
-            let model = Model::load(source, floats);
+            let model = Model::load_for(source, floats);
             (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         });
         let (model, tokenizer) = (model?, tokenizer.map_err(|e| Error::file(path, e.to_string()))?);

@@ -4,6 +4,7 @@
 //! On ASCII BERT's normaliser only lower-cases and turns tabs and ends of lines into spaces; words end at white space, and
 //! a punctuation mark is a word. WordPiece (Wu et al. 2016) takes the longest piece from the front, again and again.
 
+use super::call;
 use tokenizers::{ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, Tokenizer};
 
 /// Lookup by pieces of words: open addressing over one string of all pieces.
@@ -115,10 +116,10 @@ impl Ascii {
         let unknown = *vocab.get(&model.unk_token)?;
         let pieces = Pieces::new(vocab.into_iter(), prefix);
         // What stands around a text is seen on one of a single token.
-        let probe = tokenizer.encode_fast("a", false).ok().filter(|e| e.len() == 1)?;
-        let whole = tokenizer.post_process(probe, None, true).ok()?;
+        let whole = call("tokenizer", || tokenizer.post_process(tokenizer.encode_fast("a", false)?, None, true)).ok()?;
         let place = whole.get_special_tokens_mask().iter().position(|special| *special == 0)?;
-        if whole.get_type_ids().iter().any(|kind| *kind != 0) {
+        let own = whole.get_special_tokens_mask().iter().filter(|special| **special == 0).count();
+        if own != 1 || whole.get_type_ids().iter().any(|kind| *kind != 0) {
             return None;
         }
         Some(Ascii {

@@ -13,14 +13,18 @@ mod amx;
 pub mod attention;
 pub mod attention_train;
 pub mod four_bit;
+mod gelu;
 pub mod gemm;
 pub mod int8;
 mod lanes;
 pub mod math;
 pub mod norm;
 pub mod optim;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 pub mod panels;
 pub mod peak;
+mod prefetch;
 pub mod rows;
 mod sync;
 pub mod team;

@@ -2,6 +2,7 @@
 //! runs it in a process of its own for every model, so that the memory of one does not count for another.
 
 use crate::hub;
+use crate::settings::ComputeType;
 use crate::ui::{self, Ui};
 use crate::work::round;
 use anyhow::{Context, Result, ensure};
@@ -51,6 +52,9 @@ pub struct Bench {
     /// Another model to time in turn with this one
     #[arg(long, value_name = "DIR")]
     against: Option<PathBuf>,
+    /// What linears with float weights are multiplied in
+    #[arg(long, value_enum, default_value_t = ComputeType::F32)]
+    compute: ComputeType,
 }
 
 /// What was measured.
@@ -167,7 +171,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
     let threads = ui.threads(None);
     let before = resident_mb();
     let start = Instant::now();
-    let classifier = Classifier::load(&path, None)?;
+    let classifier = Classifier::load_for(&path, None, b.compute.into())?;
     let load_ms = ms(start);
     let loaded = resident_mb();
     let first = texts.first().context("no text to measure with")?;
@@ -308,7 +312,7 @@ fn against(
     b: &Bench,
 ) -> Result<Against> {
     const ROUNDS: usize = 5;
-    let other = Classifier::load(dir, None)?;
+    let other = Classifier::load_for(dir, None, b.compute.into())?;
     let middle = |ratios: &mut Vec<f64>| round(latency(ratios).p50, 3);
     let mut latency_ratio = BTreeMap::new();
     for &tokens in lengths.iter().filter(|n| **n <= other.model().spec().longest()) {

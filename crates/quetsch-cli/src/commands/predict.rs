@@ -5,6 +5,7 @@ mod words;
 use crate::args::Format;
 use crate::exit::usage;
 use crate::hub;
+use crate::settings::ComputeType;
 use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::Args;
@@ -43,6 +44,9 @@ pub struct Predict {
     /// Longest text in tokens; longer ones are cut [default: what the model says, else 256]
     #[arg(long, value_name = "TOKENS")]
     max_length: Option<usize>,
+    /// What linears with float weights are multiplied in
+    #[arg(long, value_enum, default_value_t = ComputeType::F32)]
+    compute: ComputeType,
 }
 
 /// A label with its probability, or an output with its number.
@@ -89,7 +93,7 @@ pub fn given<'a>(logits: &[f32], labels: &'a [String]) -> Vec<&'a str> {
 /// Runs `predict`.
 pub fn run(p: &Predict, ui: &Ui) -> Result<()> {
     let model = hub::model(&p.model, p.revision.as_deref(), ui)?;
-    let classifier = Classifier::load(&model, p.max_length)?;
+    let classifier = Classifier::load_for(&model, p.max_length, p.compute.into())?;
     let labels = classifier.labels();
     let Task { problem, level } = classifier.task();
     if let (Some(k), true) = (p.top_k, problem == Problem::Regression || level == Level::Token) {

@@ -88,15 +88,24 @@ impl Recovery {
     }
 }
 
-/// What 4-bit linears multiply in.
+/// What linears with float or 4-bit weights multiply in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ComputeType {
-    /// bfloat16 inputs and weights, f32 sums: as bitsandbytes with `bnb_4bit_compute_dtype=bfloat16`.
+    /// bfloat16 inputs, weights and results, f32 sums (bitsandbytes: `bnb_4bit_compute_dtype=bfloat16`).
     #[default]
     Bf16,
     /// f32 throughout.
     F32,
+}
+
+impl From<ComputeType> for quetsch::quant::Compute {
+    fn from(compute: ComputeType) -> Self {
+        match compute {
+            ComputeType::Bf16 => Self::Bf16,
+            ComputeType::F32 => Self::F32,
+        }
+    }
 }
 
 /// `[stage.quantize]`: store linears in fewer bits.

@@ -2,12 +2,9 @@
 //! transformers builds BERT's. Truncation and padding in the file are overridden: published files carry settings
 //! (128 tokens, padded) that are not the model's.
 
-mod ascii;
-
 use crate::batch::Encoding;
 use crate::error::{Error, Result};
 use serde::de::IgnoredAny;
-use ascii::Ascii;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -40,8 +37,6 @@ pub enum Cut {
 /// A tokenizer: immutable, shared between threads.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The same for most texts, if it is BERT's.
-    ascii: Option<Ascii>,
 }
 
 /// BERT's special tokens in the order of a vocabulary made here.
@@ -86,8 +81,7 @@ impl Tokenizer {
         };
         call("tokenizer", || inner.with_truncation(None).map(|_| ()))?;
         inner.with_padding(None);
-        let ascii = Ascii::of(&inner);
-        Ok(Tokenizer { inner, ascii })
+        Ok(Tokenizer { inner })
     }
 
     /// The ids of one text, special tokens included, cut on the right to `max_length`.
@@ -170,19 +164,13 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_cut(&self, a: &str, b: Option<&str>, max_length: usize, cut: Cut) -> Result<Encoding> {
         let special = self.room_for_special(b.is_some(), max_length)?;
-        let most = max_length - special;
-        if let (Some(ascii), None) = (&self.ascii, b)
-            && let Some(ids) = ascii.encode(a, most, cut == Cut::Left)
-        {
-            return Ok(Encoding { ids, types: vec![] });
-        }
         // Cut on the left, a text's end is wanted, so all of it is read.
         let (direction, enough) = match cut {
             Cut::Left => (TruncationDirection::Left, usize::MAX),
             Cut::Right => (TruncationDirection::Right, max_length),
         };
         let plain = |text| self.beginning(text, enough);
-        let cut = TruncationParams { max_length: most, direction, ..TruncationParams::default() };
+        let cut = TruncationParams { max_length: max_length - special, direction, ..TruncationParams::default() };
         let pair = b.map(plain).transpose()?;
         let a = plain(a)?;
         let e = call("tokenizer", || {

@@ -3,9 +3,18 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_recall_fscore_support, top_k_accuracy_score
+from scipy.stats import binomtest, bootstrap
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 
 from fixture_files import dump
 from gradient_fixtures import kd_loss
@@ -114,6 +123,9 @@ def evaluation(logits, truth):
     p, guess, labels = np.exp(log_softmax(logits, axis=1)), logits.argmax(1), np.arange(LABELS)
     correct = int((guess == truth).sum())
     interval = binomtest(correct, len(truth)).proportion_ci(0.95, method="wilson")
+    hit, confidence = guess == truth, p.max(1)
+    right, mean = calibration_curve(hit, confidence, n_bins=BINS, strategy="uniform")
+    inverse = minimize_scalar(lambda b: log_loss(truth, np.exp(log_softmax(b * logits, axis=1)), labels=labels), (0.1, 1), tol=1e-9)
     precision, recall, f1, support = precision_recall_fscore_support(truth, guess, labels=labels, zero_division=0)
     return {
         "accuracy": accuracy_score(truth, guess),
@@ -127,6 +139,9 @@ def evaluation(logits, truth):
         "recall": recall.tolist(),
         "f1": f1.tolist(),
         "support": support.tolist(),
+        "confusion_matrix": confusion_matrix(truth, guess, labels=labels).tolist(),
+        "reliability": [{"confidence": c, "accuracy": a} for c, a in zip(mean.tolist(), right.tolist(), strict=True)],
+        "temperature": 1 / inverse.x,
     }
 
 
@@ -146,6 +161,8 @@ def metrics(fixtures, seed):
     parent_only, child_only = int((right & ~kept).sum()), int((~right & kept).sum())
     p, q = log_softmax(parent, axis=1), log_softmax(child, axis=1)
     flipped = np.flatnonzero(parent.argmax(1) != child.argmax(1))
+    # Paired: whole rows are drawn.
+    interval = bootstrap((kept.astype(float) - right,), np.mean, n_resamples=100_000, method="percentile", batch=1_000, rng=seed)
     pairs = [(0, 0), (1, 0), (5, 5), (10, 2), (2, 10), (60, 100), (0, 30)]
     value = {
         "labels": LABELS,
@@ -162,6 +179,7 @@ def metrics(fixtures, seed):
             "mcnemar": {"parent_only": parent_only, "child_only": child_only, "p": mcnemar(parent_only, child_only)},
             "accuracy_delta": float(kept.mean() - right.mean()),
         },
+        "bootstrap_interval": list(interval.confidence_interval),
         "mcnemar": [{"parent_only": a, "child_only": b, "p": mcnemar(a, b)} for a, b in pairs],
         "note": "mean_kl is KL(parent || child); an ECE bin is (low, high]; logits have no ties",
     }

@@ -4,6 +4,7 @@
 mod args;
 mod commands;
 mod exit;
+mod hub;
 mod logs;
 pub mod recipe;
 mod settings;

@@ -101,6 +101,79 @@ fn predict_prints_every_format() {
     assert_eq!(String::from_utf8_lossy(&fewer.expect("runs").stdout).lines().count(), 2, "the environment counts");
 }
 
+/// Other column names, another delimiter, another alphabet, labels that the model does not know, one of them once.
+#[test]
+fn init_and_run_need_no_edits() {
+    let place = Place::new();
+    let mut rows = String::from("nr;frage;thema\n");
+    for i in 0..12 {
+        rows += &format!("{i};wo ist meine karte {i};Karte\n{i};neue pin bitte {i};PIN ändern\n");
+        rows += if i < 6 { "9;退款在哪里;退款\n" } else { "" };
+    }
+    place.write("fragen.csv", format!("{rows}77;\"sonst; etwas\";Sonstiges\n").as_bytes());
+    let said = place.ok("init fragen.csv --model model");
+    assert!(said.stderr.contains("`frage` looks like the text and `thema` like the label"), "{}", said.stderr);
+    assert!(said.stderr.contains("unknown to this encoder"), "{}", said.stderr);
+    let done = place.ok("run quetsch.toml");
+    assert!(done.stdout.contains("TF-IDF baseline") && place.path("quetsch/compare/report.html").exists());
+
+    // The commented stages are a recipe, too.
+    let recipe = String::from_utf8_lossy(&place.read("quetsch.toml")).into_owned();
+    let (before, rest) = recipe.split_once("to have it.\n").expect("the optional stages");
+    let (plain, after) = rest.split_once("\n# 5.").expect("the last stage");
+    let plain =
+        plain.lines().map(|l| l.trim_start_matches("# ").trim_end_matches('#')).collect::<Vec<_>>().join("\n");
+    place.write("plain.toml", format!("{before}\n{plain}\n# 5.{after}").as_bytes());
+    let done = place.ok("run plain.toml --set out=quetsch");
+    assert!(done.stdout.contains("nothing to do") && done.stdout.contains("plain"), "{}", done.stdout);
+    let report = json(&String::from_utf8_lossy(&place.read("quetsch/compare/report.json")));
+    let parameters = |name: &str| {
+        let all = report["variants"].as_array().expect("variants").iter();
+        all.filter(|v| v["name"] == name).map(|v| v["parameters"].as_u64()).next().flatten()
+    };
+    assert!(parameters("plain").is_some() && parameters("plain") == parameters("pruned"), "of the same size");
+}
+
+#[test]
+fn without_test_data_the_part_set_aside_stands_in() {
+    let place = Place::new();
+    let without = RECIPE.replace("test = \"test.csv\"", "validation = 0.25");
+    place.write("r.toml", without.replace("[[stage]]\n[stage.eval]\n", "").as_bytes());
+    let done = place.ok("run r.toml --gate accuracy>=0%");
+    assert!(done.stderr.contains("no test data") && done.stdout.contains("TF-IDF baseline"), "{}", done.stderr);
+    let report = json(&String::from_utf8_lossy(&place.read("out/compare/report.json")));
+    assert!(
+        report["data"]["held_out"] == true && report["sentences"] == 5,
+        "one sentence a label: {}",
+        report["data"]
+    );
+    let rows = |file: &str| String::from_utf8_lossy(&place.read(file)).lines().skip(1).count();
+    assert_eq!(
+        (rows("out/data/train.csv"), rows("out/data/validation.csv")),
+        (15, 5),
+        "the baseline sees the rest"
+    );
+    let report = String::from_utf8_lossy(&place.read("out/compare/report.html")).into_owned();
+    assert!(report.contains("No test data were given"));
+}
+
+#[test]
+fn what_cannot_be_measured_is_known_before_training() {
+    let place = Place::new();
+    let complains = |recipe: &str, says: &str| {
+        place.write("r.toml", recipe.as_bytes());
+        let done = place.run("run r.toml");
+        assert!(done.code != 0 && done.stderr.contains(says), "{says}: {} {}", done.code, done.stderr);
+        assert!(!place.path("out/teacher").exists(), "nothing was trained");
+    };
+    let without = RECIPE.replace("test = \"test.csv\"", "");
+    complains(&without, "which stage eval measures on");
+    complains(&without.replace("[[stage]]\n[stage.eval]\n", ""), "data.validation = 0.1");
+    // A label that no training sentence has.
+    place.write("strange.csv", b"text,label\nwhat is this,never_seen\n");
+    complains(&RECIPE.replace("test.csv", "strange.csv"), "never_seen");
+}
+
 #[test]
 fn a_recipe_runs_once_and_is_then_done() {
     let place = Place::new();
@@ -311,6 +384,15 @@ fn a_student_learns_from_inside_its_teacher() {
     );
     place.ok("distill --teacher b --train train.csv --epochs 1 --out c");
     let report = json(&String::from_utf8_lossy(&place.read("c/report.json")));
+    assert!(report["layer_weights"].is_null(), "{report}");
+    place.ok("distill --teacher model --layers 0,2 --train train.csv --epochs 1 --hidden 1 --hidden-map weighted --out d");
+    let weighted = json(&String::from_utf8_lossy(&place.read("d/report.json")));
+    let weights = |layer: &str| -> Vec<f64> {
+        weighted["layer_weights"][layer].as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
+    };
+    for layer in ["0", "1"] {
+        assert!(weights(layer).len() == 3 && (weights(layer).iter().sum::<f64>() - 1.0).abs() < 1e-5, "{weighted}");
+    }
     assert!(report["epochs"][0]["hidden"].is_null(), "what is no part is not reported: {report}");
 }
 

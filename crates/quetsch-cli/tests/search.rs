@@ -163,6 +163,83 @@ fn time_that_is_up_ends_the_training_not_the_search() {
 }
 
 #[test]
+fn a_first_round_may_cut_without_training() {
+    let place = place();
+    let line =
+        "search search.toml --threads 1 --set search.rungs=[0,1] --set prune.score=fisher --set prune.tune=weights";
+    place.ok(line);
+    let r = record(&place);
+    let (cut, trained): (Vec<&Value>, Vec<&Value>) =
+        of_stage(&r, "round").into_iter().partition(|t| t["epochs"] == 0);
+    // Four shapes: each that is cut is cut once; the better two are trained, from what they were cut to.
+    assert!(trained.len() == 2 && !cut.is_empty() && cut.iter().all(|t| t["rung"] == 0), "{r:#}");
+    let is_cut = |t: &Value| t["name"].as_str().is_some_and(|n| n.contains("-h") || n.contains("-f"));
+    assert!(cut.iter().all(|t| is_cut(t)), "what is not cut is the student itself: {cut:?}");
+    for t in trained.into_iter().filter(|t| is_cut(t)) {
+        let recipe =
+            String::from_utf8_lossy(&place.read(&format!("{}/../recipe.toml", t["dir"].as_str().expect("a dir"))))
+                .into_owned();
+        assert!(recipe.contains("stage.distill") && recipe.contains(".r0-"), "{recipe}");
+    }
+}
+
+#[test]
+fn layers_that_mind_may_stay_in_float() {
+    let place = place();
+    let text = SEARCH.replace("id = \"int8\"", "id = \"int8\"\nquant = \"fp4\"\nkeep = [\"auto\"]\nbudget = 0.0");
+    place.write("search.toml", text.as_bytes());
+    let line = "search search.toml --threads 1 --set search.trials=1 --set search.rungs=[1]";
+    // Two sentences a label: the layers are measured on one of them.
+    place.ok(&format!("{line} --set data.validation=0.5"));
+    let r = record(&place);
+    assert!(list(&r, "trials").iter().all(|t| t["status"] == "done"), "{r:#}");
+    let page = String::from_utf8_lossy(&place.read("found/report.html")).into_owned();
+    assert!(page.contains("How much each layer minds being quantised"));
+}
+
+#[test]
+fn models_are_timed_again_when_asked() {
+    let place = place();
+    let line = "search search.toml --threads 1 --set search.trials=1 --set search.rungs=[1]";
+    place.ok(line);
+    let before = record(&place);
+    let done = place.ok(&format!("{line} --again"));
+    assert!(!done.stderr.contains("done already"), "{}", done.stderr);
+    let after = record(&place);
+    assert_eq!(choices(&before), choices(&after), "nothing is trained again");
+    assert_ne!(list(&before, "points")[0]["latency_ms"], list(&after, "points")[0]["latency_ms"], "but timed");
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_ends_with_130_and_says_how_to_go_on() {
+    let place = place();
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_quetsch"))
+        .current_dir(place.path("."))
+        .args(["search", "search.toml", "--threads", "1", "--set", "train.epochs=400"])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let state = || {
+        let trials = std::fs::read_dir(place.path("found/trials")).into_iter().flatten().flatten();
+        trials.map(|t| t.path().join(".model.training/metrics.jsonl")).any(|m| m.exists())
+    };
+    let start = std::time::Instant::now();
+    while !state() && start.elapsed().as_secs() < 120 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    // As a terminal does it: the whole group of processes.
+    let id = child.id().to_string();
+    assert!(std::process::Command::new("kill").args(["-INT", &id]).status().expect("kill").success());
+    let done = child.wait_with_output().expect("ends");
+    let text = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.code() == Some(130) && text.contains("Run the same command to go on"), "{text}");
+    let r = record(&place);
+    assert!(r["finished"] == false && list(&r, "trials").len() == 1, "{r:#}");
+}
+
+#[test]
 fn a_teacher_may_be_given() {
     let place = place();
     place.ok("train --model model --train train.csv --epochs 1 --out mine");

@@ -2,10 +2,10 @@
 //! gives the same bits.
 
 use crate::isa::{Isa, isa};
-use crate::math::Activation;
+use crate::math::{Activation, bias_activation};
 use crate::window::Window;
 #[cfg(target_arch = "x86_64")]
-use crate::{amx, vnni};
+use crate::{amx, pairs, vnni};
 
 /// Rows quantised to int8: `q` `[rows, stride(k)]`, zeros behind k, and what an integer of a row is worth.
 #[derive(Clone, Copy)]
@@ -92,6 +92,9 @@ pub struct Matrix {
 enum Packed {
     /// `[n, k]`, row-major.
     Plain(Vec<i8>),
+    /// Panels `[n / 16][k / 2][16][2]`, for AVX2, or AVX-512 without VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Pairs(Vec<i8>, pairs::Width),
     /// Panels `[n / 16][stride(k) / 4][16][4]` of w + 128, so that AVX512-VNNI may take them for unsigned.
     Vnni(Vec<i8>),
     /// The same panels of w, for AMX.
@@ -110,7 +113,14 @@ impl Matrix {
     fn for_isa(values: &[i8], scale: Vec<f32>, k: usize, isa: Isa) -> Matrix {
         assert_eq!(values.len(), scale.len() * k);
         if isa < Isa::Avx512Vnni {
-            return Matrix { packed: Packed::Plain(values.to_vec()), scale, k };
+            let packed = match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => Packed::Pairs(in_pairs(values, scale.len(), k), pairs::Width::Avx2),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => Packed::Pairs(in_pairs(values, scale.len(), k), pairs::Width::Avx512),
+                _ => Packed::Plain(values.to_vec()),
+            };
+            return Matrix { packed, scale, k };
         }
         let (panels, quads) = (scale.len().div_ceil(LANES), stride(k) / 4);
         let flip = if isa < Isa::Amx { -128 } else { 0 };
@@ -138,6 +148,8 @@ impl Matrix {
     pub fn bytes(&self) -> usize {
         let packed = match &self.packed {
             Packed::Plain(v) | Packed::Vnni(v) | Packed::Amx(v) => v.len(),
+            #[cfg(target_arch = "x86_64")]
+            Packed::Pairs(v, _) => v.len(),
         };
         packed + 4 * self.scale.len()
     }
@@ -147,6 +159,8 @@ impl Matrix {
         let panel = |j: usize| ((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4;
         let at = |j: usize| match &self.packed {
             Packed::Plain(w) => w[j * self.k + c],
+            #[cfg(target_arch = "x86_64")]
+            Packed::Pairs(w, _) => w[pair(self.k, j, c)],
             Packed::Vnni(w) => w[panel(j)] ^ -128,
             Packed::Amx(w) => w[panel(j)],
         };
@@ -179,26 +193,50 @@ impl Matrix {
         }
         let (bias, scale) = (bias.get(first..).unwrap_or_default(), &self.scale[first..first + width]);
         #[cfg(target_arch = "x86_64")]
-        let (step, panels) = (out.stride(), first / LANES * stride(k) * LANES);
+        let (step, panels, gelu) = (out.stride(), first / LANES * stride(k) * LANES, f == Activation::Gelu);
         match &self.packed {
-            Packed::Plain(w) => plain(x, &w[first * k..], scale, k, bias, f, &mut out),
+            Packed::Plain(w) => return plain(x, &w[first * k..], scale, k, bias, f, &mut out),
+            #[cfg(target_arch = "x86_64")]
+            Packed::Pairs(w, width) => {
+                // SAFETY: made only where `isa()` saw the instruction set (tests: `Isa::best()`).
+                unsafe { pairs::product(*width, x, k, &w[pair(k, first, 0)..], scale, bias, &mut out) };
+                return bias_activation(&mut out, &[], f);
+            }
             #[cfg(target_arch = "x86_64")]
             Packed::Vnni(w) => {
-                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, f, step };
+                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, gelu, step };
                 // SAFETY: `Packed::Vnni` is made only where `isa()` saw AVX512-VNNI (tests: `Isa::best()`); the
                 // asserts above are what `vnni::product` asks for, and the window is where it may write.
                 unsafe { vnni::product(&product, out.as_mut_ptr()) }
             }
             #[cfg(target_arch = "x86_64")]
             Packed::Amx(w) => {
-                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, f, step };
+                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, gelu, step };
                 // SAFETY: as above: `isa()` saw that AMX works.
                 unsafe { amx::int8(&product, out.as_mut_ptr()) }
             }
             #[cfg(not(target_arch = "x86_64"))]
             Packed::Vnni(..) | Packed::Amx(_) => unreachable!("this architecture has no such tier"),
         }
+        if f != Activation::Identity && f != Activation::Gelu {
+            bias_activation(&mut out, &[], f);
+        }
     }
+}
+
+/// Where row `j` has column `c` in panels of pairs.
+#[cfg(target_arch = "x86_64")]
+fn pair(k: usize, j: usize, c: usize) -> usize {
+    ((j / LANES * pairs::pairs(k) + c / 2) * LANES + j % LANES) * 2 + c % 2
+}
+
+#[cfg(target_arch = "x86_64")]
+fn in_pairs(values: &[i8], n: usize, k: usize) -> Vec<i8> {
+    let mut packed = vec![0; n.div_ceil(LANES) * LANES * 2 * pairs::pairs(k)];
+    for (j, row) in values.chunks_exact(k.max(1)).enumerate() {
+        row.iter().enumerate().for_each(|(c, v)| packed[pair(k, j, c)] = *v);
+    }
+    packed
 }
 
 kernel! {
@@ -249,7 +287,7 @@ mod tests {
         let bias: Vec<f32> = (0..n).map(|c| 100.0 - c as f32).collect();
         let x = padded(&q, rows, k);
         let x = Rows { q: &x, scale: &row_scale };
-        for isa in [Isa::Scalar, Isa::Avx512Vnni, Isa::Amx].into_iter().filter(|i| *i <= Isa::best()) {
+        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx].into_iter().filter(|i| *i <= Isa::best()) {
             let m = Matrix::for_isa(&w, scale.clone(), k, isa);
             let step = n + extra;
             let shape = format!("{isa:?} {rows}x{n}x{k}");
@@ -264,10 +302,14 @@ mod tests {
                 assert!(exact[r * step + n..(r + 1) * step].iter().all(|v| *v == -7.0), "{shape} wrote too far");
             }
             let mut out = vec![-7.0; rows * step];
-            m.multiply(x, &bias, Activation::Gelu, &mut out, step);
-            for (r, c) in (0..rows).flat_map(|r| (0..n).map(move |c| (r, c))) {
-                let want = crate::math::gelu(exact[r * step + c] + bias[c]);
-                assert_eq!(out[r * step + c], want, "{shape} with bias and GELU at {r},{c}");
+            let after: [(Activation, fn(f32) -> f32); 2] =
+                [(Activation::Relu, |x| x.max(0.0)), (Activation::Gelu, crate::math::gelu)];
+            for (f, plain) in after {
+                m.multiply(x, &bias, f, &mut out, step);
+                for (r, c) in (0..rows).flat_map(|r| (0..n).map(move |c| (r, c))) {
+                    let want = plain(exact[r * step + c] + bias[c]);
+                    assert_eq!(out[r * step + c], want, "{shape} with bias and {f:?} at {r},{c}");
+                }
             }
             let mut apart = vec![-7.0; rows * step];
             for (first, part) in Window::new(&mut apart, rows, n, step).columns(2 * LANES) {

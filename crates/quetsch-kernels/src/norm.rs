@@ -3,15 +3,31 @@
 use crate::int8;
 use crate::math::{dot, sum};
 
+/// `total` is the sum of x.
 #[inline(always)]
-fn norm_row(x: &mut [f32], gamma: &[f32], beta: &[f32], eps: f32) -> (f32, f32) {
+fn norm_row(x: &mut [f32], total: f32, gamma: &[f32], beta: &[f32], eps: f32) -> (f32, f32) {
     let n = x.len() as f32;
-    let mean = sum(x, |v| v) / n;
+    let mean = total / n;
     let inv = 1.0 / (sum(x, |v| (v - mean) * (v - mean)) / n + eps).sqrt();
     for ((x, g), b) in x.iter_mut().zip(gamma).zip(beta) {
         *x = (*x - mean) * inv * g + b;
     }
     (mean, inv)
+}
+
+/// x += r; the sum of the result, in the order of [`sum`].
+#[inline(always)]
+fn add_and_sum(x: &mut [f32], r: &[f32]) -> f32 {
+    let ((chunks, rest), (r_chunks, r_rest)) = (x.as_chunks_mut::<16>(), r.as_chunks::<16>());
+    let mut lanes = [0f32; 16];
+    for (x, r) in chunks.iter_mut().zip(r_chunks) {
+        for i in 0..16 {
+            x[i] += r[i];
+            lanes[i] += x[i];
+        }
+    }
+    rest.iter_mut().zip(r_rest).for_each(|(x, r)| *x += r);
+    lanes.iter().sum::<f32>() + rest.iter().sum::<f32>()
 }
 
 kernel! {
@@ -24,10 +40,11 @@ kernel! {
         let n = gamma.len();
         let mut int8 = int8;
         for (r, row) in x.chunks_exact_mut(n).enumerate() {
-            if !residual.is_empty() {
-                row.iter_mut().zip(&residual[r * n..(r + 1) * n]).for_each(|(x, r)| *x += r);
-            }
-            norm_row(row, gamma, beta, eps);
+            let total = match residual.is_empty() {
+                true => sum(row, |v| v),
+                false => add_and_sum(row, &residual[r * n..(r + 1) * n]),
+            };
+            norm_row(row, total, gamma, beta, eps);
             if let Some((range, q, scale)) = &mut int8 {
                 let q = &mut q[r * int8::stride(n)..(r + 1) * int8::stride(n)];
                 scale[r] = int8::quantise_row(row, *range, q);
@@ -52,7 +69,7 @@ kernel! {
                 y.iter_mut().zip(&residual[cols]).for_each(|(y, r)| *y += r);
             }
             z.copy_from_slice(y);
-            let (mean, one_over_sigma) = norm_row(y, gamma, beta, eps);
+            let (mean, one_over_sigma) = norm_row(y, sum(y, |v| v), gamma, beta, eps);
             z.iter_mut().for_each(|z| *z = (*z - mean) * one_over_sigma);
             *i = one_over_sigma;
         }

@@ -17,6 +17,7 @@ use crate::checkpoint::Checkpoint;
 use crate::dir::Source;
 use crate::error::{Error, Result};
 use crate::ops::{Inspect, Ops, forward};
+use crate::quant::Compute;
 use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
 use crate::task::Units;
 use linear::{Input, Linear};
@@ -55,7 +56,13 @@ pub struct Model {
 impl Model {
     /// Packs a checkpoint in memory. The unused pooler is left out.
     pub fn pack(ck: &Checkpoint) -> Model {
-        let Ok(model) = Model::build(&ck.spec, Words::copy(ck), |_| Ok::<_, Infallible>(Cow::Borrowed(ck)));
+        Model::pack_for(ck, Compute::F32)
+    }
+
+    /// As [`Model::pack`]; linears with float weights compute in `floats`.
+    pub fn pack_for(ck: &Checkpoint, floats: Compute) -> Model {
+        let part = |_: &[Tensor]| Ok::<_, Infallible>(Cow::Borrowed(ck));
+        let Ok(model) = Model::build(&ck.spec, Words::copy(ck), floats, part);
         model
     }
 
@@ -64,10 +71,18 @@ impl Model {
     ///
     /// # Errors
     /// Everything that is wrong with the tensors.
-    pub fn load(mut source: Source) -> Result<Model> {
+    pub fn load(source: Source) -> Result<Model> {
+        Model::load_for(source, Compute::F32)
+    }
+
+    /// As [`Model::load`]; linears with float weights compute in `floats`.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_for(mut source: Source, floats: Compute) -> Result<Model> {
         let words = Words::open(&mut source)?;
         let spec = source.spec().clone();
-        let model = Model::build(&spec, words, |tensors| source.part(tensors).map(Cow::Owned))?;
+        let model = Model::build(&spec, words, floats, |tensors| source.part(tensors).map(Cow::Owned))?;
         if spec.unused_pooler {
             source.part(&[Tensor::W(Lin::UnusedPooler), Tensor::B(Lin::UnusedPooler)])?;
         }
@@ -79,6 +94,7 @@ impl Model {
     fn build<'c, E>(
         spec: &ModelSpec,
         words: Words,
+        floats: Compute,
         mut part: impl FnMut(&[Tensor]) -> Outcome<Cow<'c, Checkpoint>, E>,
     ) -> Outcome<Model, E> {
         let mut table = |t: Tensor| Ok(part(&[t])?.values(t).into_owned());
@@ -90,7 +106,7 @@ impl Model {
         let token_type = if spec.token_types > 0 { table(Tensor::TokenType)? } else { vec![] };
         let mut pack = |sites: &[Lin]| {
             let tensors: Vec<_> = sites.iter().flat_map(|s| [Tensor::W(*s), Tensor::B(*s)]).collect();
-            Ok(Linear::pack(&*part(&tensors)?, sites))
+            Ok(Linear::pack(&*part(&tensors)?, sites, floats))
         };
         let layers = 0..spec.layers.len();
         let qkv = layers.map(|l| pack(&[Lin::Query(l), Lin::Key(l), Lin::Value(l)])).collect::<Outcome<_, E>>()?;
@@ -351,7 +367,7 @@ impl Ops for CpuOps<'_> {
         let mut values = self.ws.floats(rows * width);
         let context = Window::new(&mut values, rows, width, width);
         let macs = 2 * heads.dim * heads.probs_len(&batch.starts);
-        let pieces = split::columns(self.team, context, macs, heads.dim);
+        let pieces = split::columns(self.team, context, macs, split::ATTENTION, heads.dim);
         let mut scratch = split::buffers(self.ws, pieces.len(), heads.scratch_len(longest));
         let pieces = pieces.into_iter().zip(&mut scratch).collect();
         self.team.each(pieces, |((first, context), scratch)| {

@@ -201,6 +201,8 @@ pub enum Tensor {
     B(Lin),
     /// Of training alone, in no model's table: maps a student's activations to its teacher's width. `[to, from]`
     Projection(usize),
+    /// Of training alone: logits of the weights of a teacher's layers in what a student's layer learns. `[layers]`
+    LayerWeights(usize),
 }
 
 /// What a tensor is for.
@@ -344,6 +346,7 @@ impl ModelSpec {
             Tensor::W(s) => format!("{}.weight", self.module(s)),
             Tensor::B(s) => format!("{}.bias", self.module(s)),
             Tensor::Projection(i) => format!("projection.{i}.weight"),
+            Tensor::LayerWeights(i) => format!("layer_weights.{i}"),
         }
     }
 

@@ -26,6 +26,9 @@ pub struct Search {
     /// Trials at a time, each in a process of its own with its share of the threads
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
+    /// Time the models of a finished search again, and choose again: on a quiet machine, or on another one
+    #[arg(long)]
+    again: bool,
 }
 
 /// Runs `search`.
@@ -38,7 +41,7 @@ pub fn run(s: &Search, ui: &Ui) -> Result<()> {
         return Err(crate::exit::usage("--jobs 0: must be at least 1"));
     }
     ui::catch_interrupts()?;
-    let options = Options { jobs: s.jobs, threads: ui.threads(file.threads) };
+    let options = Options { jobs: s.jobs, threads: ui.threads(file.threads), again: s.again };
     let found = search::search(&file, options, ui)?;
     let out = file.out.display();
     ui.result(format!("{}\n{}\n-> {out}/report.html, {out}/search.json", found.table(), found.summary()), &found.0)

@@ -18,7 +18,7 @@ pub struct Search {
     /// Shapes that are trained, spread over the costs that the space has
     #[arg(long, default_value_t = Search::default().trials)]
     pub trials: usize,
-    /// Epochs that a shape gets in each round; only the survivors of a round go on
+    /// Epochs that a shape gets in each round; only the survivors of a round go on. A first 0 cuts without training
     #[arg(long, value_delimiter = ',', default_values_t = Search::default().rungs)]
     pub rungs: Vec<usize>,
     /// Share of the shapes that survives a round
@@ -41,8 +41,12 @@ impl Settings for Search {
         c.range("max-drop", self.max_drop.0, 0.0, 100.0);
         c.range("minutes", self.minutes, 0.0, 1e6);
         c.error(self.trials > 0, "trials", || "is 0, must be at least 1".into());
-        c.error(!self.rungs.is_empty() && !self.rungs.contains(&0), "rungs", || {
-            format!("is {:?}, must hold the epochs of one round or more, each at least 1", self.rungs)
+        let trained = self.rungs.strip_prefix(&[0]).unwrap_or(&self.rungs);
+        c.error(!trained.is_empty() && !trained.contains(&0), "rungs", || {
+            format!(
+                "is {:?}, must hold the epochs of one round or more, each at least 1; a 0 may stand before them",
+                self.rungs
+            )
         });
         c.error(self.keep > 0.0 && self.keep <= 1.0, "keep", || format!("is {}, must lie in (0, 1]", self.keep));
         c.error(self.points > 0, "points", || "is 0, must be at least 1".into());

@@ -5,6 +5,7 @@ use super::gate::{self, Checked, Gate};
 use super::machine::{self, Machine};
 use super::parts::{self, Part, Storage};
 use super::provenance::Provenance;
+use super::quantize::Sensitivity;
 use super::{corpus, round};
 use crate::commands::Speed;
 use crate::settings::{self, Data};
@@ -48,6 +49,9 @@ pub struct Variant {
     /// How the weights are stored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage: Option<Storage>,
+    /// How much each of its layers minds being quantised, if that was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<Sensitivity>,
     /// On the data.
     #[serde(flatten)]
     pub figures: Figures,
@@ -146,6 +150,9 @@ pub struct Measured {
     /// The file that the baseline was fitted on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train: Option<String>,
+    /// Whether the test data are a part of the training data, set aside and looked at before.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub held_out: bool,
 }
 
 /// Everything that a report shows. Layout: `docs/report.md`.
@@ -263,6 +270,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             disk_bytes: corpus::disk_bytes(path),
             parts: parts::coarse(&model.checkpoint),
             storage: Some(parts::storage(&model.checkpoint)),
+            sensitivity: Sensitivity::read(path),
             worst_recall: figures.labels().and_then(worst),
             below_baseline: None,
             calibrated: calibrated(plan, &classifier, &logits, set)?,
@@ -305,6 +313,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             disk_bytes: 0,
             parts: vec![],
             storage: None,
+            sensitivity: None,
             worst_recall: worst(&figures),
             below_baseline: None,
             calibrated: None,
@@ -330,6 +339,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             test: test.clone(),
             test_blake3: corpus::hash_file(test.as_ref())?,
             train: plan.data.train.clone().filter(|_| has_baseline),
+            held_out: false,
         },
         command: machine::command_line(),
         recipe: None,

@@ -27,6 +27,7 @@ enum Figure {
     Accuracy,
     MicroF1,
     MacroF1,
+    WeightedF1,
     Top3,
     R2,
     Pearson,
@@ -64,12 +65,13 @@ enum Limit {
 
 impl Figure {
     /// Every figure with its names, the first one is printed.
-    const ALL: [(Figure, &[&str]); 14] = [
+    const ALL: [(Figure, &[&str]); 15] = [
         (Figure::Accuracy, &["accuracy"]),
         (Figure::MicroF1, &["micro_f1"]),
         (Figure::R2, &["r2"]),
         (Figure::Pearson, &["pearson"]),
         (Figure::MacroF1, &["macro_f1"]),
+        (Figure::WeightedF1, &["weighted_f1"]),
         (Figure::Top3, &["top_3"]),
         (Figure::WorstRecall, &["worst_recall"]),
         (Figure::Flips, &["flips", "flip_rate"]),
@@ -83,10 +85,8 @@ impl Figure {
 
     fn unit(self) -> Unit {
         match self {
-            Figure::Accuracy | Figure::MicroF1 | Figure::MacroF1 | Figure::Top3 | Figure::WorstRecall => {
-                Unit::Share
-            }
-            Figure::R2 | Figure::Pearson => Unit::Share,
+            Figure::Accuracy | Figure::MicroF1 | Figure::MacroF1 | Figure::WeightedF1 => Unit::Share,
+            Figure::Top3 | Figure::WorstRecall | Figure::R2 | Figure::Pearson => Unit::Share,
             Figure::Flips | Figure::Agreement => Unit::ShareOfParent,
             Figure::Latency | Figure::LatencyP99 => Unit::Milliseconds,
             Figure::Throughput => Unit::PerSecond,
@@ -102,10 +102,10 @@ impl Figure {
     /// Whether it is one of a task's.
     fn is_of(self, problem: Problem) -> bool {
         match self {
-            Figure::Accuracy | Figure::MacroF1 | Figure::Top3 | Figure::WorstRecall => {
+            Figure::Accuracy | Figure::MacroF1 | Figure::WeightedF1 | Figure::Top3 => {
                 problem != Problem::Regression
             }
-            Figure::Flips | Figure::Agreement => problem != Problem::Regression,
+            Figure::WorstRecall | Figure::Flips | Figure::Agreement => problem != Problem::Regression,
             Figure::MicroF1 => problem == Problem::MultiLabel,
             Figure::R2 | Figure::Pearson => problem == Problem::Regression,
             Figure::Latency | Figure::LatencyP99 | Figure::Throughput | Figure::Disk | Figure::Memory => true,
@@ -119,6 +119,7 @@ impl Figure {
             Figure::Accuracy => Some(v.labels().accuracy),
             Figure::MicroF1 => v.labels().micro_f1,
             Figure::MacroF1 => Some(v.labels().macro_f1),
+            Figure::WeightedF1 => Some(v.labels().weighted_f1),
             Figure::Top3 => Some(v.labels().top_3),
             Figure::R2 => v.numbers().map(|r| r.r2),
             Figure::Pearson => v.numbers().map(|r| r.pearson),

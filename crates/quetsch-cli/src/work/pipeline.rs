@@ -4,12 +4,13 @@ use super::compare::{Comparison, Plan, compare};
 use super::gate::{self, Gate};
 use super::{Job, corpus, pretty};
 use crate::exit::{interrupted, usage};
-use crate::recipe::{Kind, Recipe, Stage};
-use crate::settings::Compare;
+use crate::recipe::{self, Kind, Recipe, Stage};
+use crate::settings::{Compare, Data};
 use crate::ui::{Ui, duration, is_interrupted};
 use anyhow::{Context, Result};
 use quetsch::atomic::write_file;
 use quetsch::data::Dataset;
+use quetsch::task::Task;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -39,7 +40,7 @@ impl Recipe {
     pub fn model_dir(&self, name: &str) -> PathBuf {
         match self.stages.iter().any(|s| s.id == name) {
             true => self.stage_dir(name),
-            false => PathBuf::from(name),
+            false => self.place(name),
         }
     }
 
@@ -62,7 +63,9 @@ impl Recipe {
         Job {
             id: &stage.id,
             kind: &stage.kind,
-            data: &self.data,
+            data: self.local_data(),
+            unlabelled: stage.kind.unlabelled().map(|name| self.place(name)),
+            card: &self.card,
             seed: self.seed,
             inputs,
             out: self.stage_dir(&stage.id),
@@ -85,19 +88,23 @@ pub struct Finished {
 /// Runs a recipe.
 pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     let threads = ui.threads(recipe.threads);
-    let stages = recipe.until(options.until.as_deref())?;
     for warning in &recipe.warnings {
         ui.warn(warning);
     }
+    let recipe = &recipe.fetched(ui)?;
+    let stages = recipe.until(options.until.as_deref())?;
     let started = Instant::now();
     let _alone = super::alone(&recipe.out, || {
         ui.note(format!("{}: another run is writing there; waiting for its end", recipe.out.display()));
         true
     })?;
+    can_be_measured(recipe, stages)?;
+    let measured = measured(recipe, stages, options, ui)?;
     let mut comparisons = stages.iter().filter(|s| matches!(s.kind, Kind::Compare(_)));
     let last_comparison = comparisons.next_back().map(|s| s.id.as_str());
     let (mut reports, mut comparison) = (vec![], None);
-    for stage in stages {
+    for (n, stage) in stages.iter().enumerate() {
+        ui.note(format!("stage {} of {}: {}", n + 1, stages.len(), stage.id));
         if is_interrupted() {
             let id = &stage.id;
             return Err(interrupted(format!("interrupted before {id}; run the same command to go on from there")));
@@ -112,7 +119,7 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
                 let plan = Plan {
                     calibration: validation(recipe, &models, ui)?,
                     models,
-                    data: &recipe.data,
+                    data: &measured.data,
                     settings: s,
                     gates: if is_last { &options.gates } else { &[] },
                     skip_gates: 1,
@@ -120,6 +127,7 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
                 };
                 let mut result = compare(&plan, ui)?;
                 result.recipe = Some(recipe.to_toml()?);
+                result.data.held_out = measured.is_held_out;
                 let dir = recipe.stage_dir(&stage.id);
                 std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
                 let title = s.lang.pick("Quetsch: comparison", "Quetsch:模型对比");
@@ -140,7 +148,7 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     let report = json!({ "seconds": super::round(seconds, 1), "stages": reports });
     write_file(recipe.out.join("report.json"), &pretty(&report)?)?;
     write_file(recipe.out.join("recipe.resolved.toml"), recipe.to_toml()?.as_bytes())?;
-    check_gates(recipe, stages, options, comparison.as_ref(), threads, ui)?;
+    check_gates(recipe, stages, options, comparison.as_ref(), &measured.data, threads, ui)?;
     Ok(Finished { comparison, report })
 }
 
@@ -150,6 +158,7 @@ fn check_gates(
     stages: &[Stage],
     options: &Options,
     comparison: Option<&Comparison>,
+    data: &Data,
     threads: usize,
     ui: &Ui,
 ) -> Result<()> {
@@ -159,10 +168,9 @@ fn check_gates(
     if let Some(comparison) = comparison {
         return gate::verdict(&comparison.gates);
     }
-    let models = stages.iter().filter(|s| s.kind.makes_model());
     let plan = Plan {
-        models: models.map(|s| (s.id.clone(), recipe.stage_dir(&s.id))).collect(),
-        data: &recipe.data,
+        models: recipe::results(stages).map(|s| (s.id.clone(), recipe.stage_dir(&s.id))).collect(),
+        data,
         calibration: None,
         settings: &Compare { no_baseline: true, no_speed: !gate::timed(&options.gates), ..Compare::default() },
         gates: &options.gates,
@@ -172,14 +180,77 @@ fn check_gates(
     gate::verdict(&compare(&plan, ui)?.gates)
 }
 
+/// Test data that do not fit the training data are known before anything is trained.
+fn can_be_measured(recipe: &Recipe, stages: &[Stage]) -> Result<()> {
+    let data = recipe.local_data();
+    let (Some(train), Some(test)) = (&data.train, &data.test) else { return Ok(()) };
+    if stages.iter().any(|s| matches!(s.kind, Kind::Train(_))) {
+        // As the stage does it: the labels of the model if the data fit them, else those of the data.
+        let start = recipe.model.as_ref().and_then(|m| quetsch::dir::read_checkpoint(recipe.place(m)).ok());
+        let own = start.as_ref().filter(|ck| !ck.labels.is_empty());
+        let fits = own.and_then(|ck| corpus::read(train.as_ref(), data, ck.into()).ok());
+        let set = match fits {
+            Some(set) => set,
+            None => corpus::read(train.as_ref(), data, corpus::Wanted::default())?,
+        };
+        corpus::read(test.as_ref(), data, (&set).into())?;
+    }
+    Ok(())
+}
+
+/// What models are compared on.
+struct MeasuredOn {
+    data: Data,
+    /// Whether it is a part of the training data, for want of test data.
+    is_held_out: bool,
+}
+
+/// The test data; without any, the part of the training data that is set aside. Whether there is either is known before
+/// anything is trained.
+fn measured(recipe: &Recipe, stages: &[Stage], options: &Options, ui: &Ui) -> Result<MeasuredOn> {
+    let data = recipe.local_data().clone();
+    let asks = |s: &Stage| matches!(s.kind, Kind::Compare(_) | Kind::Eval(_));
+    if data.test.is_some() || !(stages.iter().any(asks) || !options.gates.is_empty()) {
+        return Ok(MeasuredOn { data, is_held_out: false });
+    }
+    let missing = "no test data: set data.test";
+    if let Some(stage) = stages.iter().find(|s| matches!(s.kind, Kind::Eval(_))) {
+        return Err(usage(format!("{missing}, which stage {} measures on", stage.id)));
+    }
+    if data.validation == 0.0 || data.train.is_none() {
+        return Err(usage(format!(
+            "{missing}, or data.validation = 0.1 to compare on a part of the training data"
+        )));
+    }
+    let split = corpus::training(&data, corpus::Wanted::default(), recipe.seed, ui)?;
+    if split.train.task != Task::default() {
+        let task = split.train.task;
+        return Err(usage(format!(
+            "{missing} (the part set aside stands in for it with one label a text only, not {task})"
+        )));
+    }
+    if split.validation.is_empty() {
+        return Err(usage(format!("{missing}; {} sentences are too few to set a part aside", split.train.len())));
+    }
+    let parts = [("train", &split.train), ("validation", &split.validation)];
+    let [train, test] = corpus::write_parts(&recipe.out.join("data"), &data, parts)?;
+    ui.note(format!(
+        "no test data: models are compared on the {} sentences set aside, {test}; what is chosen on them looks better \
+         there than it is",
+        split.validation.len()
+    ));
+    let data = Data { train: Some(train), test: Some(test), validation: 0.0, ..data };
+    Ok(MeasuredOn { data, is_held_out: true })
+}
+
 /// The part of the training data that was set aside, to fit temperatures on.
 fn validation(recipe: &Recipe, models: &[(String, PathBuf)], ui: &Ui) -> Result<Option<Dataset>> {
-    let Some((_, first)) = models.first().filter(|_| recipe.data.validation > 0.0 && recipe.data.train.is_some())
-    else {
+    let is_free = recipe.data.validation > 0.0 && recipe.data.train.is_some() && recipe.data.test.is_some();
+    let Some((_, first)) = models.first().filter(|_| is_free) else {
         return Ok(None);
     };
     let model = quetsch::dir::read_checkpoint(first)?;
-    Ok(Some(corpus::training(&recipe.data, (&model).into(), recipe.seed, ui)?.validation))
+    Ok(Some(corpus::training(recipe.local_data(), (&model).into(), recipe.seed, ui)?.validation))
 }
 
 fn eval(job: &Job, ui: &Ui) -> Result<Value> {

@@ -6,7 +6,7 @@ use super::make::Run;
 use super::teacher::{Inside, soft};
 use super::{Job, Made, fit, make, round};
 use crate::exit::usage;
-use crate::settings::{ComputeType, Quantize};
+use crate::settings::Quantize;
 use crate::ui::{Ui, percent};
 use anyhow::Result;
 use quetsch::batch::Encoding;
@@ -15,14 +15,16 @@ use quetsch::data::Examples;
 use quetsch::dir::ModelDir;
 use quetsch::metrics;
 use quetsch::quant::calibrate::{self, Seen};
-use quetsch::quant::{self, Compute, Scheme};
+use quetsch::quant::{self, Scheme};
 use quetsch::runtime::Model;
 use quetsch::spec::{Lin, ModelSpec, Role, Tensor};
 use quetsch::task::{Level, Problem};
 use quetsch_train::{Objective, Qat, Sparsity};
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The patterns of what stays in float: the default ones, unless `none` is given, and those given.
 pub fn kept(s: &Quantize, spec: &ModelSpec) -> Vec<String> {
@@ -34,10 +36,7 @@ pub fn kept(s: &Quantize, spec: &ModelSpec) -> Vec<String> {
 
 /// The schemes by site pattern, in the order in which they hold.
 pub fn rules(s: &Quantize) -> Result<Vec<(String, Scheme)>> {
-    let compute = match s.compute {
-        ComputeType::Bf16 => Compute::Bf16,
-        ComputeType::F32 => Compute::F32,
-    };
+    let compute = s.compute.into();
     let double_quant = !s.no_double_quant;
     let scheme = |name: &str| -> Result<Scheme> {
         Ok(match name.parse()? {
@@ -87,7 +86,7 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
         // Row numbers of the training part of the data, whose hash is in the provenance.
         let facts = json!({ "observer": s.observer, "sentences": rows.len(), "rows": rows, "inputs": sites });
         report.insert("calibration".into(), facts);
-        if s.keep.iter().any(|k| k == "auto") {
+        if s.measures_sites() {
             if corpus.train.task.problem == Problem::Regression {
                 return Err(usage(
                     "`keep = auto` measures accuracy, which numbers do not have: name the sites to keep",
@@ -181,41 +180,54 @@ fn train(run: &Run, s: &Quantize, qat: Qat, ui: &Ui) -> Result<(Trained, Map<Str
 }
 
 /// What quantising does to the answers on validation data, beside the model it was made from.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Drop {
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Drop {
     /// Cross-entropy.
-    loss: f64,
-    accuracy: f64,
+    pub loss: f64,
+    /// Share of right answers.
+    pub accuracy: f64,
     /// Mean of KL(parent || this), nats.
-    kl: f64,
+    pub kl: f64,
     /// Sentences with another answer.
-    flips: usize,
+    pub flips: usize,
 }
 
 /// One site: what quantising it alone does, and all others without it.
-#[derive(Clone, Debug, Serialize)]
-struct Sensitivity {
-    site: String,
-    alone: Drop,
-    all_but: Drop,
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Site {
+    /// Its name; `embeddings.*` are the tables together.
+    pub site: String,
+    /// It alone is quantised.
+    pub alone: Drop,
+    /// All others are.
+    pub all_but: Drop,
 }
 
 /// What `keep = auto` found.
-#[derive(Clone, Debug, Serialize)]
-struct Found {
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Sensitivity {
     /// Sentences measured on.
-    sentences: usize,
+    pub sentences: usize,
     /// Largest loss of accuracy allowed, in points.
-    budget: f64,
-    float: Drop,
+    pub budget: f64,
+    /// Nothing quantised.
+    pub float: Drop,
     /// Everything quantised that the settings say.
-    all: Drop,
+    pub all: Drop,
     /// By falling KL alone.
-    sites: Vec<Sensitivity>,
+    pub sites: Vec<Site>,
     /// The fewest first ones of `sites` in float that meet the budget.
-    kept: Vec<String>,
+    pub kept: Vec<String>,
     /// What is left then.
-    result: Drop,
+    pub result: Drop,
+}
+
+impl Sensitivity {
+    /// Of a model that was made with `keep = auto`.
+    pub fn read(model: &Path) -> Option<Sensitivity> {
+        let mut report: Value = serde_json::from_slice(&std::fs::read(model.join(super::REPORT)).ok()?).ok()?;
+        serde_json::from_value(report.get_mut("sensitivity")?.take()).ok()
+    }
 }
 
 /// Quantising with other choices of what to keep.
@@ -228,7 +240,7 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
-    fn sensitivity(&self, keep: &[String], budget: f64, ui: &Ui) -> Result<Found> {
+    fn sensitivity(&self, keep: &[String], budget: f64, ui: &Ui) -> Result<Sensitivity> {
         let validation = self.validation;
         if validation.is_empty() {
             return Err(usage("`keep = auto` measures on validation data: set one aside with --validation 0.1"));
@@ -252,7 +264,7 @@ impl Trial<'_> {
             bar.at(2 * i as u64, || site.clone());
             let others: Vec<String> = sites.iter().filter(|s| *s != site).cloned().collect();
             let (alone, all_but) = (measure(&with(&others))?, measure(&with(std::slice::from_ref(site)))?);
-            measured.push(Sensitivity { site: site.clone(), alone, all_but });
+            measured.push(Site { site: site.clone(), alone, all_but });
         }
         measured.sort_by(|a, b| b.alone.kl.total_cmp(&a.alone.kl));
         let (float, all) = (self.drop(&parent, &parent), measure(keep)?);
@@ -275,7 +287,7 @@ impl Trial<'_> {
             n,
             percent(result.accuracy),
         ));
-        Ok(Found { sentences: validation.len(), budget, float, all, sites: measured, kept, result })
+        Ok(Sensitivity { sentences: validation.len(), budget, float, all, sites: measured, kept, result })
     }
 
     /// What is quantised: linears by their short names, the embedding tables as one.

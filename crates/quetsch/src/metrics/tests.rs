@@ -51,6 +51,31 @@ fn as_scikit_learn_and_scipy() {
                 found["per_class"].as_array().unwrap().iter().map(|c| c[key].clone()).collect();
             found[key] = column.into();
         }
+        // scikit-learn's matrix with our counts in the place of those that we list.
+        let matrix: Vec<Vec<u64>> = serde_json::from_value(fixture[side]["confusion_matrix"].clone()).unwrap();
+        let mut own = matrix.clone();
+        let mut listed = u64::MAX;
+        let index = |name: &Value| name.as_str().unwrap().trim_start_matches("LABEL_").parse::<usize>().unwrap();
+        for c in found["confusions"].as_array().unwrap() {
+            let (truth, predicted, count) =
+                (index(&c["truth"]), index(&c["predicted"]), c["count"].as_u64().unwrap());
+            (own[truth][predicted], listed) = (count, listed.min(count));
+        }
+        assert!(found["confusions"].as_array().unwrap().len() == CONFUSIONS, "{side}: enough to fill the list");
+        let of_rank = |m: &[Vec<u64>]| {
+            let cells = (0..labels).flat_map(|t| (0..labels).map(move |p| (t, p))).filter(|(t, p)| t != p);
+            let mut counts: Vec<u64> = cells.map(|(t, p)| m[t][p]).collect();
+            counts.sort_unstable_by(|a, b| b.cmp(a));
+            counts[CONFUSIONS - 1]
+        };
+        assert_eq!(listed, of_rank(&matrix), "{side}: the most frequent ones are listed");
+        found["confusion_matrix"] = json!(own);
+        found["temperature"] = temperature(logits, &truth, labels).into();
+        // A golden-section search ends within a thousandth of the best; its value differs from scipy's by no more.
+        let expected = fixture[side]["temperature"].as_f64().unwrap();
+        let t = found["temperature"].as_f64().unwrap();
+        assert!((t / expected).ln().abs() < 1e-3, "{side}: temperature {t}, scipy's {expected}");
+        found["temperature"] = expected.into();
         wrong.extend(differences(side, &fixture[side], &found));
     }
     let found = agreement(&parent, &child, &truth, labels);
@@ -65,6 +90,13 @@ fn as_scikit_learn_and_scipy() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
 
+    // Two bootstraps of other random numbers: an end of 2,000 resamples has a
+    // standard error of about 0.002 here, and means of 200 rows are multiples of 0.005.
+    for (bound, expected) in found.delta_interval.into_iter().zip(fixture["bootstrap_interval"].as_array().unwrap())
+    {
+        let expected = expected.as_f64().unwrap();
+        assert!((bound - expected).abs() <= 0.0051, "{:?}, scipy's end {expected}", found.delta_interval);
+    }
     // The normal approximation of a paired difference has nearly the interval of the bootstrap.
     let n = truth.len() as f64;
     let (delta, discordant) = (found.accuracy_delta, (found.mcnemar.parent_only + found.mcnemar.child_only) as f64);

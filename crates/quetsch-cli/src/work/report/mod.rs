@@ -2,6 +2,8 @@
 //! comparison itself; its layout is in `docs/report.md`.
 
 mod plot;
+mod summary;
+mod tables;
 mod words;
 
 pub use words::Lang;
@@ -15,8 +17,7 @@ use anyhow::Result;
 use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
 use minijinja::{Environment, UndefinedBehavior};
 use plot::{Axis, Mark, Plot, line, mark, place_labels};
-use quetsch::metrics::{Agreement, Distance};
-use serde::Serialize;
+use quetsch::metrics::{Agreement, ClassMetrics, Distance};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -112,19 +113,6 @@ fn points(delta: f64, decimals: usize) -> String {
     format!("{:+.decimals$}", 100.0 * delta)
 }
 
-/// A variant against the first one.
-fn to_first(v: &Variant) -> Option<&Agreement> {
-    v.against_first.as_ref().or(v.against_parent.as_ref())
-}
-
-/// What a manager reads, in one language.
-#[derive(Debug, Serialize)]
-struct Summary {
-    /// Name of the recommended variant; none if every one loses too much.
-    recommended: Option<String>,
-    sentences: Vec<String>,
-}
-
 impl Comparison {
     fn models(&self) -> impl Iterator<Item = &Variant> {
         self.variants.iter().filter(|v| v.dir.is_some())
@@ -171,98 +159,17 @@ impl Comparison {
         self.models().skip(1).filter(good).min_by(|a, b| cost(a).total_cmp(&cost(b)))
     }
 
-    /// The variant that the page shows in detail: the recommended one, else the last.
+    /// The variant that the page shows in detail: the recommended one, else of those after the first the most accurate,
+    /// of equals the smallest.
     fn shown(&self) -> Option<&Variant> {
-        self.recommended().or_else(|| self.models().last())
-    }
-
-    fn summary(&self, lang: Lang) -> Summary {
-        let (Some(first), Some(shown)) = (self.models().next(), self.shown()) else {
-            return Summary { recommended: None, sentences: vec![] };
+        let nearest = || {
+            let order = |v: &Variant| (-v.labels().accuracy, v.disk_bytes as f64);
+            self.models().skip(1).min_by(|a, b| {
+                let ((a, x), (b, y)) = (order(a), order(b));
+                a.total_cmp(&b).then(x.total_cmp(&y))
+            })
         };
-        if self.is_numbers() {
-            // Which loss of R2 is small enough is not for us to say.
-            let r2 = |v: &Variant| format!("{}: R2 {:.4}", v.name, v.figures.main().1);
-            return Summary { recommended: None, sentences: self.models().map(r2).collect() };
-        }
-        let zh = lang == Lang::Zh;
-        let (n, a, b) = (self.sentences, percent(shown.labels().accuracy), percent(first.labels().accuracy));
-        let (name, old) = (&shown.name, &first.name);
-        let mut s = vec![];
-        if shown.name == first.name {
-            let [low, high] = shown.labels().accuracy_interval.map(percent);
-            s.push(match zh {
-                true => format!("{name} 在 {n} 个测试句子上的准确率为 {a}(95% 区间 {low} 至 {high})。"),
-                false => format!("{name} answers {a} of {n} test sentences right (95% interval {low} to {high})."),
-            });
-        } else {
-            let drop = 100.0 * self.max_drop();
-            if self.recommended().is_none() {
-                s.push(match zh {
-                    true => format!("没有任何较小的模型能将损失控制在 {old} 的 {drop} 个百分点以内并通过所有门槛;以下为 {name} 的情况。"),
-                    false => format!("No smaller model stays within {drop} points of {old} and meets every gate; this is {name}."),
-                });
-            } else if self.chosen.is_some() {
-                s.push(match zh {
-                    true => format!("{name} 是搜索的推荐:在验证数据上损失不超过 {drop} 个百分点的模型中最快的一个。测试数据未参与选择。"),
-                    false => format!(
-                        "{name} is the search's choice: the fastest that loses at most {drop} points on the validation \
-                         data. The test data had no part in it."
-                    ),
-                });
-            }
-            let delta = to_first(shown).map(|d| {
-                let [low, high] = d.delta_interval.map(|x| points(x, 2));
-                (points(d.accuracy_delta, 2), low, high, d.mcnemar.p, percent(d.flip_rate))
-            });
-            let (delta, low, high, p, flips) = delta.unwrap_or_default();
-            s.push(match zh {
-                true => format!(
-                    "{name} 在 {n} 个测试句子上答对 {a},{old} 答对 {b}(相差 {delta} 个百分点,95% 区间 {low} 至 {high})。"
-                ),
-                false => format!(
-                    "{name} answers {a} of {n} test sentences right, {old} {b} ({delta} points, 95% interval {low} to \
-                     {high})."
-                ),
-            });
-            s.push(match (p >= 0.05, zh) {
-                (true, true) => format!("这一差异未超出偶然范围(McNemar p = {p:.2});{flips} 的句子答案有变。"),
-                (true, false) => format!(
-                    "That difference may be chance (McNemar p = {p:.2}); the answer changed for {flips} of the sentences."
-                ),
-                (false, true) => format!("这一差异并非偶然(McNemar p = {p:.3});{flips} 的句子答案有变。"),
-                (false, false) => format!(
-                    "That difference is not chance (McNemar p = {p:.3}); the answer changed for {flips} of the sentences."
-                ),
-            });
-            s.push(cost(first, shown, zh));
-        }
-        if let Some(base) = self.baseline() {
-            let base_accuracy = percent(base.labels().accuracy);
-            let below: Vec<&str> =
-                self.models().filter(|v| v.below_baseline == Some(true)).map(|v| v.name.as_str()).collect();
-            s.push(match (below.is_empty(), zh) {
-                (true, true) => format!("不用神经网络的 TF-IDF 基线为 {base_accuracy},所有模型均不低于它。"),
-                (true, false) => {
-                    format!("Plain word statistics (TF-IDF) reach {base_accuracy}; no model is below that.")
-                }
-                (false, true) => {
-                    format!("不用神经网络的 TF-IDF 基线为 {base_accuracy};低于它的模型:{}。", below.join("、"))
-                }
-                (false, false) => format!(
-                    "Plain word statistics (TF-IDF) reach {base_accuracy}; below that, so not worth running: {}.",
-                    below.join(", ")
-                ),
-            });
-        }
-        if !self.gates.is_empty() {
-            let (met, all) = (self.gates.iter().filter(|g| g.met).count(), self.gates.len());
-            s.push(match zh {
-                true => format!("质量门槛:{all} 项中通过 {met} 项。"),
-                false => format!("Quality gates: {met} of {all} conditions are met."),
-            });
-        }
-        Summary { recommended: self.recommended().map(|v| v.name.clone()), sentences: s }
+        self.recommended().or_else(nearest).or_else(|| self.models().next())
     }
 
     /// For a terminal: numbers to the right, the best accuracy in bold.
@@ -289,25 +196,26 @@ impl Comparison {
 
     /// What the columns of the table mean.
     pub fn legend(&self) -> String {
-        if self.is_numbers() {
-            return format!(
-                "{} sentences, {} threads. mean diff, max diff and Pearson compare the numbers with the parent's; p50 is \
-                 one sentence at a time, tokenising included; each model was timed in a process of its own.",
-                self.sentences, self.threads
-            );
-        }
-        format!(
-            "{} sentences, {} threads. delta, flips (changed predictions) and McNemar's p are against the parent; p50 is \
-             one sentence at a time, tokenising included; each model was timed in a process of its own.",
-            self.sentences, self.threads
-        )
+        let compared = match self.is_numbers() {
+            true => "mean diff, max diff and Pearson compare the numbers with the parent's",
+            false => "delta, flips (changed predictions) and McNemar's p are against the parent",
+        };
+        let timed = match self.models().any(|v| v.speed.is_some()) {
+            true => {
+                "; p50 is one sentence at a time, tokenising included; each model was timed in a process of its own"
+            }
+            false => "",
+        };
+        format!("{} sentences, {} threads. {compared}{timed}.", self.sentences, self.threads)
     }
 
     /// For a pull request: the summary, the table, the gates.
     pub fn markdown(&self, lang: Lang) -> String {
         let w = lang.words();
         let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
-        let mut text = escape_markdown(&self.summary(lang).sentences.join(lang.pick(" ", ""))) + "\n\n";
+        let summary = self.summary(lang);
+        let sentences: Vec<String> = summary.sentences.into_iter().chain(summary.cost).collect();
+        let mut text = escape_markdown(&sentences.join(lang.pick(" ", ""))) + "\n\n";
         text += &line(&self.header().map(str::to_string));
         text +=
             &line(&std::array::from_fn::<_, 12, _>(|i| if i == 0 || i == 5 { "---" } else { "---:" }.to_string()));
@@ -355,17 +263,20 @@ impl Comparison {
             "summary": self.summary(lang),
             "rows": self.variants.iter().map(|v| self.row(v)).collect::<Vec<_>>(),
             "shown": self.shown(),
+            "tiles": self.models().next().zip(self.shown()).map(|(first, v)| tables::tiles(first, v, &w)),
             "tradeoffs": self.tradeoffs(&w),
             "has_front": self.models().count() > 1,
-            "sizes": self.models().map(|v| size_bar(v, largest.unwrap_or(1))).collect::<Vec<_>>(),
-            "stores": self.models().filter_map(store).collect::<Vec<_>>(),
+            "sizes": self.models().map(|v| tables::size_bar(v, largest.unwrap_or(1))).collect::<Vec<_>>(),
+            "stores": self.models().filter_map(|v| tables::store(v, &w)).collect::<Vec<_>>(),
+            "sensitivity": self.models().filter_map(tables::sensitivity).collect::<Vec<_>>(),
+            "classes": self.classes(),
             "losses": self.losses(&w),
             "reliability": self.reliability(&w),
             "keys": self.reliability_keys(),
             "flips": self.flips(),
             "confusions": self.shown().map(|v| v.labels().confusions.iter().take(CONFUSIONS_LISTED).collect::<Vec<_>>()),
             "calibrated": self.calibrated(),
-            "made": self.models().filter_map(|v| Some((&v.name, made_from(v)?))).collect::<Vec<_>>(),
+            "made": self.models().filter_map(|v| Some((&v.name, tables::made_from(v)?))).collect::<Vec<_>>(),
         });
         let page = env.get_template("page.html")?.render(minijinja::value::Serde(&page))?;
         Ok(page)
@@ -385,6 +296,7 @@ impl Comparison {
                 percent(v.labels().accuracy),
                 format!("{:.1}-{:.1}", 100.0 * low, 100.0 * high),
                 percent(v.labels().macro_f1),
+                percent(v.labels().weighted_f1),
                 percent(v.labels().top_3),
                 v.worst_recall.as_ref().map_or_else(none, |w| percent(w.recall)),
                 // The baseline's margins are no probabilities.
@@ -510,6 +422,19 @@ impl Comparison {
         keys.map(|(v, class)| (class, format!("{} (ECE {:.3})", v.name, v.labels().ece))).collect()
     }
 
+    /// The shown model label by label, those found least often first, beside the first model.
+    fn classes(&self) -> Vec<Value> {
+        let (Some(first), Some(shown)) = (self.models().next(), self.shown()) else { return vec![] };
+        let mut rows: Vec<_> = shown.labels().per_class.iter().zip(&first.labels().per_class).collect();
+        rows.sort_by(|a, b| a.0.recall.total_cmp(&b.0.recall).then(a.0.f1.total_cmp(&b.0.f1)));
+        let row = |(own, old): (&ClassMetrics, &ClassMetrics)| {
+            let shares = [own.precision, own.recall, own.f1, old.f1].map(percent);
+            json!({ "label": own.label, "support": own.support, "shares": shares })
+        };
+        // A label without a test sentence has no recall.
+        rows.into_iter().filter(|(own, _)| own.support > 0).map(row).collect()
+    }
+
     fn calibrated(&self) -> Vec<Value> {
         let row = |v: &Variant| {
             let c = v.calibrated.as_ref()?;
@@ -534,53 +459,6 @@ impl Comparison {
         };
         self.models().filter_map(of).collect()
     }
-}
-
-/// Size and speed against the first model.
-fn cost(first: &Variant, v: &Variant, zh: bool) -> String {
-    let (old, new) = (mb(first.disk_bytes), mb(v.disk_bytes));
-    let times = old / new.max(1e-9);
-    let mut text = match zh {
-        true => format!("体积 {new:.1} MB,原为 {old:.1} MB(缩小到 1/{times:.1})"),
-        false => format!("It takes {new:.1} MB instead of {old:.1} MB ({times:.1} times smaller)"),
-    };
-    if let (Some(a), Some(b)) = (&first.speed, &v.speed) {
-        let (old, new) = (a.latency_ms.p50, b.latency_ms.p50);
-        let times = old / new.max(1e-9);
-        text += &match zh {
-            true => format!(",单句用时 {new:.2} ms,原为 {old:.2} ms(快 {times:.1} 倍)"),
-            false => format!(" and {new:.2} ms instead of {old:.2} ms a sentence ({times:.1} times as fast)"),
-        };
-    }
-    text + if zh { "。" } else { "." }
-}
-
-fn size_bar(v: &Variant, largest: usize) -> Value {
-    let share = |bytes: usize| crate::work::round(100.0 * bytes as f64 / largest.max(1) as f64, 2);
-    let parts = v.parts.iter().map(|p| {
-        let size = format!("{:.1} MB", mb(p.bytes as u64));
-        json!({ "part": p.part, "share": share(p.bytes), "size": size, "parameters": p.parameters })
-    });
-    let total: usize = v.parts.iter().map(|p| p.bytes).sum();
-    json!({ "name": v.name, "parts": parts.collect::<Vec<_>>(), "total": format!("{:.1} MB", mb(total as u64)) })
-}
-
-/// How a variant's weights are stored: many sites as a number, few by name.
-fn store(v: &Variant) -> Option<Value> {
-    let storage = v.storage.as_ref()?;
-    let schemes = storage.linears.iter().map(|(scheme, sites)| {
-        let names = (sites.len() <= 3).then(|| sites.join(", "));
-        json!({ "scheme": scheme, "n": sites.len(), "names": names })
-    });
-    Some(json!({ "name": v.name, "embeddings": storage.embeddings, "schemes": schemes.collect::<Vec<_>>() }))
-}
-
-fn made_from(v: &Variant) -> Option<String> {
-    let p = v.provenance.as_ref()?;
-    let short = |hash: &String| hash.chars().take(12).collect::<String>();
-    let inputs: Vec<_> = p.inputs.iter().map(|(role, hash)| format!("{role} {}", short(hash))).collect();
-    let settings: Vec<_> = p.settings.iter().map(|(key, value)| format!("{key} {value}")).collect();
-    Some(format!("{} | {} | {} | {}", p.tool, p.stage, inputs.join(", "), settings.join(", ")))
 }
 
 /// Text that means itself in a Markdown table.

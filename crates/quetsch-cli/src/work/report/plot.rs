@@ -186,26 +186,36 @@ pub fn mark(class: &'static str, x: f64, y: f64, r: f64, tip: String) -> Mark {
     Mark { class, x, y, r, interval: None, label: String::new(), label_x: x, label_y: y, anchor: "start", tip }
 }
 
-/// Puts labels beside their points: to the right where there is room, apart from each other.
+/// A box that a label may not lie on: x from, x to, y of the middle, height.
+type Taken = [f64; 4];
+
+/// Puts labels beside their points: to the right where there is room, apart from each other and from other points.
 pub fn place_labels(marks: &mut [Mark]) {
     let mut order: Vec<usize> = (0..marks.len()).collect();
     order.sort_by(|&a, &b| marks[a].y.total_cmp(&marks[b].y));
-    let mut placed: Vec<[f64; 3]> = vec![]; // x from, x to, y
+    let points: Vec<Taken> = marks.iter().map(|m| [m.x - m.r, m.x + m.r, m.y, 2.0 * m.r]).collect();
+    let mut labels: Vec<Taken> = vec![];
     for i in order {
         let m = &mut marks[i];
-        let short: String = m.label.chars().take(24).collect();
-        m.label = short;
+        m.label = m.label.chars().take(24).collect();
         let width = LETTER * m.label.chars().count() as f64;
-        let right = m.x + 9.0 + width <= RIGHT + 8.0;
-        (m.anchor, m.label_x) = if right { ("start", m.x + 9.0) } else { ("end", m.x - 9.0) };
-        let from = if right { m.label_x } else { m.label_x - width };
-        let clear = |y: f64| {
-            let hits = |p: &&[f64; 3]| p[0] < from + width && from < p[1] && (p[2] - y).abs() < LINE;
-            placed.iter().find(hits).is_none()
+        let sides = [("start", m.x + 9.0, m.x + 9.0), ("end", m.x - 9.0, m.x - 9.0 - width)];
+        let fits = |from: f64| from >= 0.0 && from + width <= RIGHT + 8.0;
+        let heights = [0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 3.0].map(|n| m.y + n * LINE * 0.6);
+        let places: Vec<_> = heights
+            .into_iter()
+            .filter(|y| *y > TOP + 4.0 && *y < BOTTOM - 4.0)
+            .flat_map(|y| sides.iter().filter(|s| fits(s.2)).map(move |s| (*s, y)))
+            .collect();
+        let clear = |taken: &[Taken], from: f64, y: f64| {
+            !taken.iter().any(|t| t[0] < from + width && from < t[1] && (t[2] - y).abs() < 0.5 * (LINE + t[3]))
         };
-        let shifts = [0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 3.0].map(|n| m.y + 4.0 + n * LINE * 0.6);
-        m.label_y = shifts.into_iter().filter(|y| *y > TOP + 8.0 && *y < BOTTOM).find(|y| clear(*y)).unwrap_or(m.y);
-        placed.push([from, from + width, m.label_y]);
+        let best = places.iter().find(|(s, y)| clear(&labels, s.2, *y) && clear(&points, s.2, *y));
+        let best = best.or_else(|| places.iter().find(|(s, y)| clear(&labels, s.2, *y)));
+        let ((anchor, x, from), y) = best.copied().unwrap_or((sides[0], m.y));
+        // Letters stand on their line: the middle is above it.
+        (m.anchor, m.label_x, m.label_y) = (anchor, x, y + 4.0);
+        labels.push([from, from + width, y, LINE]);
     }
 }
 
@@ -222,6 +232,29 @@ mod tests {
         for (low, high, log) in [(1.0, 1.0, false), (1.0, 1.0, true), (0.0, 1e-9, false), (1e-3, 1e5, true)] {
             let n = Axis::x(low, high, log).ticks("").len();
             assert!((1..=12).contains(&n), "{low} {high} {log}: {n}");
+        }
+    }
+
+    #[test]
+    fn labels_keep_clear_of_each_other_and_of_points() {
+        let at = |x, y, name: &str| Mark { label: name.into(), ..mark("front", x, y, 5.0, String::new()) };
+        let mut marks =
+            vec![at(300.0, 100.0, "first"), at(320.0, 102.0, "second"), at(385.0, 104.0, "third-of-them")];
+        place_labels(&mut marks);
+        let boxes: Vec<[f64; 2]> = (marks.iter())
+            .map(|m| {
+                let width = LETTER * m.label.len() as f64;
+                if m.anchor == "start" { [m.label_x, m.label_x + width] } else { [m.label_x - width, m.label_x] }
+            })
+            .collect();
+        for (i, m) in marks.iter().enumerate() {
+            assert!(boxes[i][0] >= 0.0 && boxes[i][1] <= 400.0, "{}: on the canvas", m.label);
+            for (j, o) in marks.iter().enumerate().filter(|(j, _)| *j != i) {
+                let beside = |from: f64, to: f64| boxes[i][1] <= from || to <= boxes[i][0];
+                let apart = (m.label_y - o.label_y).abs() >= LINE || beside(boxes[j][0], boxes[j][1]);
+                let off = (m.label_y - 4.0 - o.y).abs() >= 0.5 * LINE + o.r || beside(o.x - o.r, o.x + o.r);
+                assert!(apart && off, "{} and {}: {marks:?}", m.label, o.label);
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use crate::work::compare::{Flip, Measured};
 use crate::work::gate::Checked;
 use crate::work::machine;
 use crate::work::parts::{Part, Storage};
+use crate::work::quantize::{Drop, Sensitivity, Site};
 use quetsch::metrics;
 
 const EVIL: &str = "<script>alert('&|\"')</script>";
@@ -25,6 +26,7 @@ fn comparison() -> Comparison {
         parts: vec![Part { part: "embeddings", parameters: bytes, bytes }],
         storage: Some(Storage { linears: BTreeMap::from([("int8", vec![EVIL.to_string()])]), embeddings: "f16" }),
         figures: metrics::Figures::Labels(metrics::evaluate(logits, &truth, &names)),
+        sensitivity: None,
         distance_to_parent: None,
         worst_recall: None,
         below_baseline: Some(false),
@@ -54,6 +56,24 @@ fn comparison() -> Comparison {
     second.parent = Some(EVIL.into());
     second.against_parent = Some(metrics::agreement(&old, &new, &truth, 3));
     second.below_baseline = Some(true);
+    let minds = |kl, flips| Drop { loss: 1.0, accuracy: 0.5, kl, flips };
+    let site = |name: &str, kl, flips| Site { site: name.into(), alone: minds(kl, flips), all_but: minds(0.1, 1) };
+    second.storage = Some(Storage {
+        linears: BTreeMap::from([
+            ("f32", vec!["layer.0.ffn_down".into(), "head.4".into(), "layer.9.query".into()]),
+            ("int8", vec![EVIL.to_string()]),
+        ]),
+        embeddings: "f16",
+    });
+    second.sensitivity = Some(Sensitivity {
+        sentences: 6,
+        budget: 0.1,
+        float: minds(0.0, 0),
+        all: minds(0.5, 3),
+        sites: vec![site("layer.0.ffn_down", 0.25, 2), site(EVIL, 0.05, 1)],
+        kept: vec!["layer.0.ffn_down".into()],
+        result: minds(0.1, 1),
+    });
     second.flipped =
         vec![Flip { row: 0, text: EVIL.into(), truth: EVIL.into(), parent_says: EVIL.into(), says: "b".into() }];
     let mut baseline = variant("TF-IDF baseline", &old, 1.0, 0);
@@ -65,7 +85,7 @@ fn comparison() -> Comparison {
         labels: 3,
         threads: 1,
         machine: machine::this(),
-        data: Measured { test: EVIL.into(), test_blake3: "0".into(), train: Some(EVIL.into()) },
+        data: Measured { test: EVIL.into(), test_blake3: "0".into(), train: Some(EVIL.into()), held_out: false },
         command: EVIL.into(),
         recipe: Some(EVIL.into()),
         chosen: None,
@@ -101,6 +121,15 @@ fn the_page_shows_every_part() {
     {
         assert!(page.contains(part), "{part}");
     }
+    let words = Lang::En.words();
+    for (site, why) in
+        [("layer.0.ffn_down", "why_measured"), ("head.4", "why_last"), ("layer.9.query", "why_asked")]
+    {
+        assert!(page.contains(&format!("{site}, {}", words[why])), "{site}: why it is in float");
+    }
+    for part in ["width: 20.0%", "How much each layer minds", "Label by label"] {
+        assert!(page.contains(part), "{part}");
+    }
     assert_eq!(page.matches("<svg").count(), 5, "two trade-offs, two losses, one reliability diagram");
     assert!(page.contains("class=\"below\""), "points below the baseline are marked");
 }
@@ -109,7 +138,10 @@ fn the_page_shows_every_part() {
 fn the_summary_says_what_was_measured() {
     let mut c = comparison();
     c.variants[0].name = "big".into();
-    let text = |c: &Comparison, lang| c.summary(lang).sentences.join(" ");
+    let text = |c: &Comparison, lang| {
+        let summary = c.summary(lang);
+        summary.sentences.into_iter().chain(summary.cost).collect::<Vec<_>>().join(" ")
+    };
     let en = text(&c, Lang::En);
     assert!(en.contains("No smaller model stays within 0.5 points of big"), "{en}");
     assert!(en.contains("4.0 times smaller") && en.contains("2.0 times as fast"), "{en}");
@@ -119,6 +151,10 @@ fn the_summary_says_what_was_measured() {
     c.gates.clear();
     c.variants[1].figures = c.variants[0].figures.clone();
     assert_eq!(c.summary(Lang::En).recommended.as_deref(), Some("small"));
+    c.data.held_out = true;
+    assert!(
+        text(&c, Lang::En).contains("No test data were given") && text(&c, Lang::Zh).contains("没有提供测试数据")
+    );
     c.variants.truncate(1);
     assert!(text(&c, Lang::En).contains("of 6 test sentences right"));
     c.html("one model", Lang::En).expect("one model alone is a page too");

@@ -42,6 +42,10 @@ impl Lang {
 /// (key, English, Chinese).
 const WORDS: &[(&str, &str, &str)] = &[
     ("summary", "In one sentence", "一句话总结"),
+    ("before", "before:", "原为"),
+    ("tile_size", "on disk", "磁盘"),
+    ("tile_latency", "a sentence (p50)", "单句延迟(p50)"),
+    ("tile_memory", "memory (peak)", "内存峰值"),
     ("variants", "All variants", "所有模型"),
     ("variant", "variant", "模型"),
     ("params", "params", "参数量"),
@@ -49,6 +53,7 @@ const WORDS: &[(&str, &str, &str)] = &[
     ("accuracy", "accuracy", "准确率"),
     ("interval", "95% interval", "95% 区间"),
     ("macro_f1", "macro-F1", "宏 F1"),
+    ("weighted_f1", "weighted F1", "加权 F1"),
     ("top_3", "top-3", "前三命中率"),
     ("worst", "worst label's recall", "最差类别召回率"),
     ("ece", "ECE", "ECE"),
@@ -94,11 +99,36 @@ const WORDS: &[(&str, &str, &str)] = &[
     ("kept", "How weights are stored", "权重的存储方式"),
     (
         "kept_why",
-        "Left in float unless asked otherwise: the last linear, because it decides between close labels and is small; \
-         LayerNorms and biases, which have no quantised form; embedding tables, which have only f32, f16 and bf16.",
-        "默认保留浮点的部分:最后一个线性层(体积小,且决定相近类别的取舍);LayerNorm 与偏置(没有量化形式);\
-         词嵌入表(只支持 f32、f16、bf16)。",
+        "LayerNorms and biases have no quantised form. Embedding tables and the last linear stay as they are unless asked: \
+         the last linear decides between close labels and is small.",
+        "LayerNorm 与偏置没有量化形式。词嵌入表与最后一个线性层默认保持不变:后者体积小,且决定相近类别的取舍。",
     ),
+    ("in_float", "in float", "保留浮点"),
+    (
+        "why_last",
+        "the last linear: decides between close labels, and is small",
+        "最后一个线性层:体积小,且决定相近类别的取舍",
+    ),
+    ("why_asked", "asked for", "由配置指定"),
+    ("why_measured", "measured: quantised alone, answers that change:", "实测:仅量化该层时答案改变数:"),
+    ("sensitivity", "How much each layer minds being quantised", "各层对量化的敏感度"),
+    (
+        "sensitivity_about",
+        "Each layer quantised alone, on validation sentences: mean KL divergence of the answers, and how many answers \
+         change. Marked layers stay in float: the fewest that meet the budget, in points of accuracy.",
+        "在验证句子上仅量化该层时,回答分布的平均 KL 散度与答案改变数。带标记的层保留浮点:即满足准确率预算(百分点)所需的最少几层。",
+    ),
+    ("budget", "budget", "预算"),
+    ("classes", "Label by label", "各类别表现"),
+    (
+        "classes_about",
+        "The labels that are found least often first; the last column is the F1 of the first model.",
+        "召回率最低的类别在前;最后一列为第一个模型的 F1。",
+    ),
+    ("label", "label", "类别"),
+    ("precision", "precision", "精确率"),
+    ("recall", "recall", "召回率"),
+    ("first_f1", "F1 before", "原 F1"),
     ("linears", "linears", "个线性层"),
     ("training", "Training", "训练过程"),
     ("step", "step", "步"),

@@ -196,7 +196,7 @@ impl Search<'_> {
         self.say(format!("timing {n} models, each in a process of its own"));
         for (i, c) in worth.into_iter().enumerate() {
             if crate::ui::is_interrupted() {
-                return Err(crate::exit::interrupted("interrupted while timing; what was trained is kept"));
+                return Err(crate::exit::interrupted("interrupted while timing"));
             }
             self.bar.at(self.trials.len() as u64, || format!("timing {} ({} of {n})", c.name, i + 1));
             let t = &self.trials[c.trial];
@@ -299,6 +299,7 @@ impl Search<'_> {
         if test.is_none() {
             self.say("no test data: the final figures are of the validation part, on which the choice was made");
         }
+        let held_out = test.is_none();
         let data = Data { test: test.or(self.data.test.clone()), ..self.data.clone() };
         let settings = Compare { no_speed: true, against_first: true, ..Compare::default() };
         let plan = Plan {
@@ -316,6 +317,7 @@ impl Search<'_> {
         }
         comparison.chosen = Some(Chosen { variant: recommended, max_drop: f.search.max_drop.0 / 100.0 });
         comparison.recipe = Some(toml::to_string(f)?);
+        comparison.data.held_out = held_out;
         Ok(comparison)
     }
 }

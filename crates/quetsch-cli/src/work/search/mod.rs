@@ -1,5 +1,6 @@
-//! The search for small models: cheap screens first, short trainings for many shapes, longer ones for few (successive
-//! halving, Jamieson and Talwalkar 2016), every trained shape stored in every way, and the survivors measured.
+//! The search for small models: cheap screens first (costs that are counted, cuts without training), short trainings for
+//! many shapes, longer ones for few (successive halving, Jamieson and Talwalkar 2016), every trained shape stored in every
+//! way, and the survivors measured.
 //!
 //! Choices are made on a validation part of the training data, by accuracy and by costs that are counted, not timed:
 //! so the same seed makes the same choices. Latency and memory are measured at the end and decide the Pareto set. The
@@ -11,9 +12,9 @@ mod pool;
 mod space;
 mod trial;
 
-use super::corpus::{Wanted, hash_file, hash_model, hash_of};
+use super::corpus::{Wanted, hash_file, hash_model, hash_of, write_parts};
 use super::pareto;
-use crate::exit::usage;
+use crate::exit::{interrupted, usage};
 use crate::recipe::{Kind, SearchFile};
 use crate::settings::{Data, Distill, Train};
 use crate::ui::{Bar, Ui, duration, percent};
@@ -50,6 +51,8 @@ pub struct Options {
     pub jobs: usize,
     /// Threads of all trials together.
     pub threads: usize,
+    /// Time the models of a finished search again.
+    pub again: bool,
 }
 
 /// A search on its way.
@@ -85,15 +88,17 @@ struct Earlier {
 pub fn search(file: &SearchFile, options: Options, ui: &Ui) -> Result<Found> {
     let _alone = super::alone(&file.out, || false)?;
     file.warnings.iter().for_each(|w| ui.warn(w));
+    let local = file.fetched(ui)?;
+    let (named, file) = (file, &local);
     // What cannot be asked for is known before anything is trained.
     if let Some(start) = file.teacher.as_ref().or(file.model.as_ref()) {
         shapes(&file.space, &dir::read_checkpoint(start)?.spec)?;
     }
     let split = split(file, ui)?;
-    let key = hash_of(&[&serde_json::to_string(file)?, &split.hash, env!("CARGO_PKG_VERSION")]);
+    let key = hash_of(&[&serde_json::to_string(named)?, &split.hash, env!("CARGO_PKG_VERSION")]);
     let earlier =
         std::fs::read(file.out.join(RECORD)).ok().and_then(|b| serde_json::from_slice::<Earlier>(&b).ok());
-    if earlier.as_ref().is_some_and(|e| e.finished && e.key == key) {
+    if earlier.as_ref().is_some_and(|e| e.finished && e.key == key) && !options.again {
         ui.note(format!("{}: this search is done already", file.out.display()));
         return Found::read(&file.out.join(RECORD));
     }
@@ -121,6 +126,13 @@ pub fn search(file: &SearchFile, options: Options, ui: &Ui) -> Result<Found> {
     // What is known so far is worth having, whatever ended the search.
     if outcome.is_err() {
         s.save()?;
+        if crate::ui::is_interrupted() {
+            let done = s.trials.iter().filter(|t| t.status == Status::Done).count();
+            return Err(interrupted(format!(
+                "interrupted; {done} models are done, a training that was on its way is saved. Run the same command to go \
+                 on"
+            )));
+        }
     }
     outcome
 }
@@ -150,23 +162,8 @@ fn split(file: &SearchFile, ui: &Ui) -> Result<Split> {
             percent(file.data.validation)
         )));
     }
-    let dir = file.out.join("data");
-    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let columns = [&file.data.text_col, &file.data.label_col].map(|c| c.as_deref());
-    let columns = [columns[0].unwrap_or("text"), columns[1].unwrap_or("label")];
-    let mut paths = vec![];
-    for (name, set) in [("train.csv", &train), ("validation.csv", &validation)] {
-        let mut csv = csv::Writer::from_writer(vec![]);
-        csv.write_record(columns)?;
-        for (text, label) in set.texts.iter().zip(&set.labels) {
-            csv.write_record([text, &set.names[*label as usize]])?;
-        }
-        let path = dir.join(name);
-        write_file(&path, &csv.into_inner().context("a table in memory")?)?;
-        paths.push(path.display().to_string());
-    }
-    // The order of the labels is that of the user's file, whatever comes first in a part of it.
-    write_file(dir.join("categories.json"), &super::pretty(&train.names)?)?;
+    let parts = [("train", &train), ("validation", &validation)];
+    let paths = write_parts(&file.out.join("data"), &file.data, parts)?;
     let hash = hash_of(&[&hash_file(paths[0].as_ref())?, &hash_file(paths[1].as_ref())?]);
     let data = Data {
         train: Some(paths[0].clone()),
@@ -256,10 +253,21 @@ impl Search<'_> {
         let chosen = cover(&costs, self.file.search.trials, self.file.seed);
         let dearest = costs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let cheapest = costs.iter().copied().fold(f64::INFINITY, f64::min);
+        let search = &self.file.search;
+        let mean = chosen.iter().map(|&i| costs[i].exp()).sum::<f64>() / chosen.len().max(1) as f64;
+        let alive = std::iter::successors(Some(chosen.len()), |n| Some(survivors(*n, search.keep)));
+        let epochs: usize = alive.zip(&search.rungs).map(|(n, epochs)| n * epochs).sum();
+        let depths: Vec<usize> = chosen.iter().map(|&i| all[i].layers).collect();
+        let plan = self.pace().map_or_else(String::new, |pace| {
+            format!("; {epochs} epochs of them take about {}", duration(pace * mean * epochs as f64))
+        });
         self.say(format!(
-            "{} shapes in the space, {} are trained; the dearest computes {:.1} times as much as the cheapest",
+            "{} shapes in the space, {} are tried, of {} to {} layers; the dearest computes {:.1} times as much as the \
+             cheapest{plan}",
             all.len(),
             chosen.len(),
+            depths.iter().min().unwrap_or(&0),
+            depths.iter().max().unwrap_or(&0),
             (dearest - cheapest).exp()
         ));
         Ok(chosen.into_iter().map(|i| all[i].clone()).collect())
@@ -304,7 +312,6 @@ impl Search<'_> {
         let mut alive: Vec<usize> = (0..latest.len()).collect();
         for (rung, epochs) in rungs.into_iter().enumerate() {
             if rung > 0 {
-                alive.retain(|&at| self.trials[latest[at].1].status == Status::Done);
                 let points: Vec<(f64, f64)> = alive
                     .iter()
                     .map(|&at| &self.trials[latest[at].1])
@@ -320,12 +327,16 @@ impl Search<'_> {
                 kept.sort_unstable();
                 alive = kept;
             }
-            let mut new = vec![];
+            let (mut new, mut gone) = (vec![], vec![]);
             for &at in &alive {
                 let (shape, parent) = (latest[at].0.clone(), latest[at].1);
+                // Without training, a shape that is not cut is the student that it starts from.
+                if epochs == 0 && !shape.is_cut() {
+                    continue;
+                }
                 let cost = macs(&shape.spec(teacher), &self.lengths)?;
                 let folder = |i: usize| Some(trial::place(&self.trials[i].dir));
-                let kind = match rung == 0 && shape.is_cut() {
+                let kind = match self.trials[parent].shape.is_none() && shape.is_cut() {
                     true => {
                         let stage = shape.prune(&self.file.prune, epochs);
                         Kind::Prune(crate::settings::Prune { model: folder(parent), teacher: folder(0), ..stage })
@@ -336,6 +347,7 @@ impl Search<'_> {
                     }
                 };
                 if self.trials[parent].status != Status::Done {
+                    gone.push(at);
                     continue;
                 }
                 let inputs = hash_of(&[&self.trials[parent].key, &self.trials[0].key]);
@@ -345,14 +357,20 @@ impl Search<'_> {
                 new.push((at, i));
             }
             self.run_trials(&new.iter().map(|n| n.1).collect::<Vec<_>>())?;
-            let mut done = 0;
+            let (mut done, tried) = (0, alive.len());
             for (at, i) in new {
                 if self.trials[i].status == Status::Done {
                     (latest[at].1, latest[at].2) = (i, true);
                     done += 1;
+                } else {
+                    gone.push(at);
                 }
             }
-            self.say(format!("round {}: {epochs} epochs for {} shapes, {done} trained", rung + 1, alive.len()));
+            alive.retain(|at| !gone.contains(at));
+            self.say(match epochs {
+                0 => format!("round {}: {done} shapes cut, none trained", rung + 1),
+                _ => format!("round {}: {epochs} epochs for {tried} shapes, {done} trained", rung + 1),
+            });
         }
         Ok(latest.into_iter().filter(|l| l.2).map(|l| l.1).collect())
     }

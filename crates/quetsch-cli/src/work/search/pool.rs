@@ -91,7 +91,7 @@ fn stop(running: Vec<(usize, Child)>) -> anyhow::Error {
         // How it ended is found out by the search that goes on from here.
         let _ = child.wait();
     }
-    interrupted("interrupted; the trials have saved their state")
+    interrupted("interrupted")
 }
 
 fn start(task: &Task, threads: usize) -> Result<Child> {

@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 
 /// The stage of a trial's recipe, and so the folder of its model.
 const MODEL: &str = "model";
+/// Share of the validation part that `keep = ["auto"]` measures on; the rest calibrates.
+const SENSITIVITY: f64 = 0.5;
 
 /// How far a trial is.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -138,13 +140,23 @@ impl Trial {
     /// Writes the recipe.
     pub fn write(&self, search: &Search) -> Result<Task> {
         let out = self.dir.parent().context("a trial's model has a folder")?.to_path_buf();
+        let mut data = search.data.clone();
+        // How much each layer minds being quantised is measured on what choices are made on; no weight is trained on it.
+        if let Some(Kind::Quantize(s)) = &self.kind
+            && s.measures_sites()
+            && !s.trains()
+        {
+            (data.train, data.validation) = (data.test.clone(), SENSITIVITY);
+        }
         let recipe = Recipe {
             model: None,
             out: out.clone(),
             seed: search.file.seed,
             threads: None,
             cache: Some(search.file.out.join("cache")),
-            data: search.data.clone(),
+            fetched: None,
+            card: Default::default(),
+            data,
             stages: self.kind.iter().map(|kind| Stage { id: MODEL.into(), kind: kind.clone() }).collect(),
             warnings: vec![],
         };

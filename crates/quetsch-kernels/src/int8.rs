@@ -21,44 +21,57 @@ pub fn stride(k: usize) -> usize {
     k.next_multiple_of(64)
 }
 
-/// Quantises one row into `stride(x.len())` bytes; returns its scale.
+/// The magnitude that becomes 127.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Range {
+    /// The largest of each row.
+    Row,
+    /// One for all rows, known beforehand; what is larger is clipped to +-127.
+    Fixed(f32),
+}
+
 #[inline(always)]
-pub(crate) fn quantise_row(x: &[f32], q: &mut [i8]) -> f32 {
+fn absmax(x: &[f32]) -> f32 {
     let (chunks, rest) = x.as_chunks::<16>();
     let mut lanes = [0f32; 16];
     let larger = |m: &mut f32, v: &f32| *m = if v.abs() > *m { v.abs() } else { *m };
     chunks.iter().for_each(|c| lanes.iter_mut().zip(c).for_each(|(m, v)| larger(m, v)));
     let mut max = 0f32;
     lanes.iter().chain(rest).for_each(|v| larger(&mut max, v));
-    let inv = if max > TINY { 127.0 / max } else { 0.0 };
+    max
+}
+
+/// Quantises one row into `stride(x.len())` bytes; returns its scale.
+#[inline(always)]
+pub(crate) fn quantise_row(x: &[f32], range: Range, q: &mut [i8]) -> f32 {
     let (own, padding) = q.split_at_mut(x.len());
-    // 1.5 * 2^23 rounds to an integer, ties to even, that sits in the low mantissa bits.
-    x.iter().zip(own).for_each(|(x, q)| *q = ((x * inv) + 12_582_912.0).to_bits() as i8);
     padding.fill(0);
+    let inverse = |max: f32| if max > TINY { 127.0 / max } else { 0.0 };
+    // 1.5 * 2^23 rounds to an integer, ties to even, that sits in the low mantissa bits.
+    let round = |x: f32| (x + 12_582_912.0).to_bits() as i8;
+    let max = match range {
+        Range::Row => {
+            let max = absmax(x);
+            let inv = inverse(max);
+            x.iter().zip(own).for_each(|(x, q)| *q = round(x * inv));
+            max
+        }
+        Range::Fixed(max) => {
+            let inv = inverse(max);
+            x.iter().zip(own).for_each(|(x, q)| *q = round((x * inv).clamp(-127.0, 127.0)));
+            max
+        }
+    };
     if max > TINY { max / 127.0 } else { 0.0 }
 }
 
 kernel! {
-    /// q = round(x * 127 / absmax), ties to even, and scale = absmax / 127, for every row of `width`; a row of zeros
+    /// q = round(x * 127 / absmax), ties to even, and scale = absmax / 127, for every row of `width`; an absmax of 0
     /// (or of less than `TINY`, whose reciprocal would overflow) has scale 0. `q` has rows of `stride(width)`.
-    pub fn quantise(x: &[f32], width: usize, q: &mut [i8], scale: &mut [f32]) {
+    pub fn quantise(x: &[f32], width: usize, range: Range, q: &mut [i8], scale: &mut [f32]) {
         for (r, scale) in scale.iter_mut().enumerate() {
             let q = &mut q[r * stride(width)..(r + 1) * stride(width)];
-            *scale = quantise_row(&x[r * width..(r + 1) * width], q);
-        }
-    }
-}
-
-kernel! {
-    /// As [`quantise`] with one `absmax` known beforehand for all rows: what is larger is clipped to +-127.
-    pub fn quantise_static(x: &[f32], width: usize, absmax: f32, q: &mut [i8], scale: &mut [f32]) {
-        let inv = if absmax > TINY { 127.0 / absmax } else { 0.0 };
-        for (r, scale) in scale.iter_mut().enumerate() {
-            let (own, padding) = q[r * stride(width)..(r + 1) * stride(width)].split_at_mut(width);
-            let round = |x: f32| ((x * inv).clamp(-127.0, 127.0) + 12_582_912.0).to_bits() as i8;
-            x[r * width..(r + 1) * width].iter().zip(own).for_each(|(x, q)| *q = round(*x));
-            padding.fill(0);
-            *scale = if absmax > TINY { absmax / 127.0 } else { 0.0 };
+            *scale = quantise_row(&x[r * width..(r + 1) * width], range, q);
         }
     }
 }
@@ -276,15 +289,16 @@ mod tests {
             let absmax = row.iter().fold(0f32, |m, v| m.max(v.abs()));
             let (mut a, mut scale, mut same) = (vec![9; stride(width)], [0.0], [0.0]);
             let mut b = a.clone();
-            quantise(row, width, &mut a, &mut scale);
-            quantise_static(row, width, absmax, &mut b, &mut same);
+            quantise(row, width, Range::Row, &mut a, &mut scale);
+            quantise(row, width, Range::Fixed(absmax), &mut b, &mut same);
             assert_eq!((&a, scale), (&b, same), "{width}");
         }
         let (mut q, mut scale) = (vec![9; 2 * 64], [0.0; 2]);
-        quantise_static(&[0.0, 0.5, -0.5, 1.0, -1.0, 9.0, -9.0, 0.003], 4, 1.0, &mut q, &mut scale);
+        let x = [0.0, 0.5, -0.5, 1.0, -1.0, 9.0, -9.0, 0.003];
+        quantise(&x, 4, Range::Fixed(1.0), &mut q, &mut scale);
         assert_eq!(q, padded(&[0, 64, -64, 127, -127, 127, -127, 0], 2, 4), "63.5 is a tie, to even");
         assert_eq!(scale, [1.0 / 127.0; 2]);
-        quantise_static(&[3.0], 1, 0.0, &mut q[..64], &mut scale[..1]);
+        quantise(&[3.0], 1, Range::Fixed(0.0), &mut q[..64], &mut scale[..1]);
         assert_eq!(scale[0], 0.0);
     }
 
@@ -311,7 +325,7 @@ mod tests {
     fn quantising_keeps_zero_and_the_extremes() {
         let x = [0.0, -2.0, 1.0, 0.5, 0.0, 0.0, 1e-38, 0.0, 127.0, 0.5, 1.5, -2.5];
         let (mut q, mut s) = ([9i8; 3 * 64], [0f32; 3]);
-        quantise(&x, 4, &mut q, &mut s);
+        quantise(&x, 4, Range::Row, &mut q, &mut s);
         let want = padded(&[0, -127, 64, 32, 0, 0, 0, 0, 127, 0, 2, -2], 3, 4);
         assert_eq!(q[..], want, "ties go to even, zeros behind the row");
         assert_eq!(s, [2.0 / 127.0, 0.0, 1.0]);

@@ -328,6 +328,18 @@ fn check_resumed(settings: &FitSettings) {
         let other = State { key: "other".into(), ..state(true) };
         let refused = fit(&ck, &set, &CE, settings, Some(&other), &mut |_| ControlFlow::Continue(()));
         assert!(refused.err().unwrap().to_string().contains("other inputs or settings"));
+        // A file that says it has taken 10^18 steps is not believed: nothing of that size is asked for.
+        let file = place.join("state.safetensors");
+        let bytes = std::fs::read(&file).unwrap();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let text = String::from_utf8(bytes[8..8 + header].to_vec()).unwrap();
+        let said = text.split("\"step\":\"").nth(1).and_then(|t| t.split('"').next()).unwrap();
+        let text = text.replace(&format!("\"step\":\"{said}\""), "\"step\":\"1000000000000000000\"");
+        std::fs::write(&file, [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &bytes[8 + header..]].concat())
+            .unwrap();
+        let refused = fit(&ck, &set, &CE, settings, Some(&state(true)), &mut |_| ControlFlow::Continue(()));
+        let refused = refused.err().unwrap().to_string();
+        assert!(refused.contains("history") && refused.contains("expected those of"), "{refused}");
     }
 }
 

@@ -21,9 +21,10 @@ use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
 use crate::task::Units;
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
+use quetsch_kernels::int8::{self, Range};
 use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::window::Window;
-use quetsch_kernels::{attention, int8, norm, rows};
+use quetsch_kernels::{attention, norm, rows};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -208,21 +209,14 @@ impl Workspace {
     }
 
     /// Room for `[rows, k]` as int8.
-    fn int8(&mut self, rows: usize, k: usize) -> Int8 {
-        Int8 { rows, k, q: self.bytes(rows * int8::stride(k)), scale: self.floats(rows) }
+    fn int8(&mut self, rows: usize, k: usize, range: Range) -> Int8 {
+        Int8 { rows, k, range, q: self.bytes(rows * int8::stride(k)), scale: self.floats(rows) }
     }
 
-    fn quantise(&mut self, team: &Team, values: &[f32], rows: usize, k: usize) -> Int8 {
-        let mut x = self.int8(rows, k);
+    fn quantise(&mut self, team: &Team, values: &[f32], rows: usize, k: usize, range: Range) -> Int8 {
+        let mut x = self.int8(rows, k, range);
         let (q, scale) = x.parts();
-        split::quantise(team, values, k, q, scale);
-        x
-    }
-
-    fn quantise_static(&mut self, values: &[f32], rows: usize, k: usize, absmax: f32) -> Int8 {
-        let mut x = self.int8(rows, k);
-        let (q, scale) = x.parts();
-        int8::quantise_static(values, k, absmax, q, scale);
+        split::quantise(team, values, k, range, q, scale);
         x
     }
 
@@ -236,6 +230,7 @@ impl Workspace {
 pub(super) struct Int8 {
     rows: usize,
     k: usize,
+    range: Range,
     q: Vec<i8>,
     scale: Vec<f32>,
 }
@@ -289,7 +284,7 @@ impl<'a> CpuOps<'a> {
         let mut values = self.ws.floats(rows * width);
         let input = Input {
             values: &x.values[..rows * x.width],
-            int8: x.int8.as_ref().map(Int8::rows),
+            int8: x.int8.as_ref().map(|x| (x.rows(), x.range)),
             rows,
             starts: &self.starts,
         };
@@ -299,8 +294,8 @@ impl<'a> CpuOps<'a> {
 
     /// An activation, quantised where its reader wants integers.
     fn finish(&mut self, rows: usize, width: usize, values: Vec<f32>, reader: Option<&Linear>) -> Act {
-        let wanted = reader.is_some_and(Linear::reads_int8);
-        let int8 = wanted.then(|| self.ws.quantise(self.team, &values[..rows * width], rows, width));
+        let wanted = reader.and_then(Linear::reads_int8);
+        let int8 = wanted.map(|range| self.ws.quantise(self.team, &values[..rows * width], rows, width, range));
         Act { rows, width, values, int8 }
     }
 
@@ -308,13 +303,11 @@ impl<'a> CpuOps<'a> {
     fn normalise(&mut self, site: Norm, mut x: Act, residual: &[f32]) -> Act {
         let model = self.model;
         let (gamma, beta) = &model.norms[&site];
-        if model.reader(site).is_some_and(Linear::reads_int8) {
-            x.int8 = Some(self.ws.int8(x.rows, x.width));
-        }
+        x.int8 = model.reader(site).and_then(Linear::reads_int8).map(|range| self.ws.int8(x.rows, x.width, range));
         let share = split::rows(self.team, x.rows, x.width);
         let mut int8 = x.int8.as_mut().map(|x| {
-            let (step, (q, scale)) = (int8::stride(x.k), x.parts());
-            q.chunks_mut(share * step).zip(scale.chunks_mut(share))
+            let (step, range, (q, scale)) = (int8::stride(x.k), x.range, x.parts());
+            q.chunks_mut(share * step).zip(scale.chunks_mut(share)).map(move |(q, scale)| (range, q, scale))
         });
         let pieces = x.values[..x.rows * x.width].chunks_mut(share * x.width).enumerate().map(|(i, x)| {
             let first = i * share * gamma.len();
@@ -415,8 +408,9 @@ impl Inspect for CpuOps<'_> {
         let values = &mut x.values[..x.rows * x.width];
         rows::scale_columns(values, x.width, scale);
         if let Some(int8) = &mut x.int8 {
+            let range = int8.range;
             let (q, row_scale) = int8.parts();
-            int8::quantise(values, x.width, q, row_scale);
+            int8::quantise(values, x.width, range, q, row_scale);
         }
         x
     }

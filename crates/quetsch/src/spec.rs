@@ -61,6 +61,9 @@ impl HeadSpec {
     }
 }
 
+/// Attention heads of a layer that a model may have.
+pub const MOST_HEADS: u16 = 1 << 12;
+
 /// The shape of a whole model: everything that decides which tensors exist and how the forward runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
@@ -394,7 +397,7 @@ impl ModelSpec {
             ("hidden_size", self.hidden, 1 << 16),
             ("embedding_size", self.embedding(), 1 << 16),
             ("head_dim", self.head_dim, 1 << 12),
-            ("num_attention_heads", self.original_heads as usize, 1 << 12),
+            ("num_attention_heads", self.original_heads as usize, MOST_HEADS as usize),
         ];
         for (name, value, limit) in sizes {
             if value == 0 || value > limit {

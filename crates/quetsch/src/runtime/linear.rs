@@ -6,19 +6,20 @@ use crate::quant::four_bit::{Absmax, Compute, FourBit};
 use crate::quant::int8::Int8Input;
 use crate::spec::{Activation, Lin, Tensor};
 use quetsch_kernels::gemm::{Size, Write, matmul};
+use quetsch_kernels::int8::{self, Range};
 use quetsch_kernels::isa::{Isa, bf16_is_fast, isa};
 use quetsch_kernels::panels::{Left, Precision, Source};
 use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::team::Team;
 use quetsch_kernels::window::Window;
-use quetsch_kernels::{four_bit, int8, math, panels};
+use quetsch_kernels::{four_bit, math, panels};
 
 /// What a linear reads.
 pub struct Input<'a> {
     /// `[rows, k]`
     pub values: &'a [f32],
-    /// The same quantised, where its producer did it.
-    pub int8: Option<int8::Rows<'a>>,
+    /// The same quantised, and in which range, where its producer did it.
+    pub int8: Option<(int8::Rows<'a>, Range)>,
     /// Rows.
     pub rows: usize,
     /// Row borders of the sequences.
@@ -31,11 +32,9 @@ enum Weight {
     Dense(Vec<f32>),
     /// The same in panels of 16 columns, where AVX-512 multiplies them.
     Panels(Vec<u32>),
-    /// int8 rows; the input quantised by row at run time.
-    Int8(int8::Matrix),
-    /// int8 rows; all inputs quantised with one absmax.
-    Static { matrix: int8::Matrix, absmax: f32 },
-    /// LLM.int8(): as `Int8`, but columns with an outlier are multiplied in float.
+    /// int8 rows; the input quantised in this range: of its row, or static.
+    Int8 { matrix: int8::Matrix, range: Range },
+    /// LLM.int8(): as `Int8` by row, but columns with an outlier are multiplied in float.
     Mixed { matrix: int8::Matrix, threshold: f32 },
     /// 4-bit blocks in the order of panels, decoded some panels at a time.
     FourBit { panels: four_bit::Panels, values: four_bit::Values, absmax: Absmax, compute: Compute },
@@ -69,8 +68,10 @@ impl Linear {
                 Stored::Float { .. } => in_float(ck, group, k, n),
                 Stored::Int8(q) => match q.input {
                     Int8Input::Float => in_float(ck, group, k, n),
-                    Int8Input::Dynamic => Weight::Int8(int8_matrix(ck, group, k)),
-                    Int8Input::Static { absmax } => Weight::Static { matrix: int8_matrix(ck, group, k), absmax },
+                    Int8Input::Dynamic => Weight::Int8 { matrix: int8_matrix(ck, group, k), range: Range::Row },
+                    Int8Input::Static { absmax } => {
+                        Weight::Int8 { matrix: int8_matrix(ck, group, k), range: Range::Fixed(absmax) }
+                    }
                     Int8Input::Mixed { threshold } => {
                         Weight::Mixed { matrix: int8_matrix(ck, group, k), threshold }
                     }
@@ -93,7 +94,7 @@ impl Linear {
         let one = |part: &Part| match &part.weight {
             Weight::Dense(w) => 4 * w.len(),
             Weight::Panels(w) => 4 * w.len(),
-            Weight::Int8(matrix) | Weight::Static { matrix, .. } | Weight::Mixed { matrix, .. } => matrix.bytes(),
+            Weight::Int8 { matrix, .. } | Weight::Mixed { matrix, .. } => matrix.bytes(),
             Weight::FourBit { panels, absmax, .. } => panels.bytes() + absmax.bytes(),
         };
         4 * self.bias.len() + self.parts.iter().map(one).sum::<usize>()
@@ -104,7 +105,7 @@ impl Linear {
         self.parts.iter().map(|part| {
             let kind = match &part.weight {
                 Weight::Dense(_) | Weight::Panels(_) => Arithmetic::F32,
-                Weight::Int8(_) | Weight::Static { .. } | Weight::Mixed { .. } => Arithmetic::Int8,
+                Weight::Int8 { .. } | Weight::Mixed { .. } => Arithmetic::Int8,
                 Weight::FourBit { compute, .. } => match precision(*compute) {
                     Precision::F32 => Arithmetic::F32,
                     Precision::Bf16 => Arithmetic::Bf16,
@@ -114,9 +115,12 @@ impl Linear {
         })
     }
 
-    /// Whether it reads its input quantised to int8.
-    pub fn reads_int8(&self) -> bool {
-        self.parts.iter().any(|p| matches!(p.weight, Weight::Int8(_)))
+    /// The range in which it reads its input as int8, if it does; of several ranges the first.
+    pub fn reads_int8(&self) -> Option<Range> {
+        self.parts.iter().find_map(|p| match p.weight {
+            Weight::Int8 { range, .. } => Some(range),
+            _ => None,
+        })
     }
 
     /// out `[rows, n]` = f(x W^T + b).
@@ -154,14 +158,16 @@ impl Linear {
                         math::bias_activation(&mut out, &bias[first..], f);
                     });
                 }
-                Weight::Int8(w) => match x.int8 {
-                    Some(x) => integers(team, x, w, bias, f, Window::new(out, rows, n, step)),
-                    None => dynamic(x.values, w, bias, f, team, ws, Window::new(out, rows, n, step)),
-                },
-                Weight::Static { matrix, absmax } => {
-                    let x = ws.quantise_static(x.values, rows, k, *absmax);
-                    integers(team, x.rows(), matrix, bias, f, Window::new(out, rows, n, step));
-                    ws.free(x);
+                Weight::Int8 { matrix, range } => {
+                    let out = Window::new(out, rows, n, step);
+                    match x.int8.filter(|(_, is)| is == range) {
+                        Some((x, _)) => integers(team, x, matrix, bias, f, out),
+                        None => {
+                            let x = ws.quantise(team, x.values, rows, k, *range);
+                            integers(team, x.rows(), matrix, bias, f, out);
+                            ws.free(x);
+                        }
+                    }
                 }
                 Weight::Mixed { matrix, threshold } => {
                     let (quantised, outliers) = take_outliers(x, k, *threshold, team, ws);
@@ -249,21 +255,6 @@ fn integers(team: &Team, x: int8::Rows, w: &int8::Matrix, bias: &[f32], f: Activ
     });
 }
 
-/// Input rows quantised by their own absmax at run time.
-fn dynamic(
-    values: &[f32],
-    w: &int8::Matrix,
-    bias: &[f32],
-    f: Activation,
-    team: &Team,
-    ws: &mut Workspace,
-    out: Window,
-) {
-    let x = ws.quantise(team, values, out.rows(), w.k());
-    integers(team, x.rows(), w, bias, f, out);
-    ws.free(x);
-}
-
 /// What bitsandbytes multiplies integers by instead of 1 / 127^2, through 1 / 127^2: it has the number to six digits.
 const BITSANDBYTES: f32 = 6.200_124e-5 * 127.0 * 127.0;
 
@@ -315,7 +306,7 @@ pub(super) fn take_outliers(
             *v = 0.0;
         }
     });
-    let mut quantised = ws.quantise(team, &rest, x.rows, k);
+    let mut quantised = ws.quantise(team, &rest, x.rows, k, Range::Row);
     let (q, scale) = quantised.parts();
     places(&mut |r, c, _| q[r * int8::stride(k) + c] = 0);
     scale.iter_mut().for_each(|s| *s *= BITSANDBYTES);

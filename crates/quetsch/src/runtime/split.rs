@@ -2,7 +2,7 @@
 //! the cache lines that change cores; what is less stays with the caller. How an operation is split changes no bit of it.
 
 use super::Workspace;
-use quetsch_kernels::int8;
+use quetsch_kernels::int8::{self, Range};
 use quetsch_kernels::team::Team;
 use quetsch_kernels::window::Window;
 
@@ -33,14 +33,14 @@ pub fn columns<'a>(team: &Team, out: Window<'a>, macs: usize, unit: usize) -> Ve
 }
 
 /// [`int8::quantise`], by rows.
-pub fn quantise(team: &Team, values: &[f32], k: usize, q: &mut [i8], scale: &mut [f32]) {
+pub fn quantise(team: &Team, values: &[f32], k: usize, range: Range, q: &mut [i8], scale: &mut [f32]) {
     let share = rows(team, scale.len(), k);
     if share == scale.len() {
-        return int8::quantise(values, k, q, scale);
+        return int8::quantise(values, k, range, q, scale);
     }
     let q = q.chunks_mut(share * int8::stride(k));
     let pieces = values.chunks(share * k).zip(q).zip(scale.chunks_mut(share)).collect();
-    team.each(pieces, |((values, q), scale)| int8::quantise(values, k, q, scale));
+    team.each(pieces, |((values, q), scale)| int8::quantise(values, k, range, q, scale));
 }
 
 /// `n` buffers of `len` floats.

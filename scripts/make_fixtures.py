@@ -15,6 +15,7 @@ import transformers
 import family_models
 import gradient_fixtures
 import number_fixtures
+import parquet_fixtures
 import task_fixtures
 import tiny_models
 
@@ -30,6 +31,7 @@ PARTS = {
     "bnb": lambda: tiny_models.bnb(FIXTURES),
     "losses": lambda: number_fixtures.losses(FIXTURES, SEED),
     "metrics": lambda: number_fixtures.metrics(FIXTURES, SEED + 1),
+    "parquet": lambda: parquet_fixtures.write(FIXTURES / "parquet"),
     "tasks": lambda: task_fixtures.write(FIXTURES / "tasks", SEED + 2),
 }
 

@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -25,14 +26,20 @@ const UNSAFE_HOME: &str = "crates/quetsch-kernels";
 const UNSAFE_ELSEWHERE: [(&str, usize); 2] =
     [("crates/quetsch/src/dir/shards.rs", 2), ("crates/quetsch-train/tests/allocations.rs", 5)];
 
+/// The crates that an application embeds: whatever they depend on, nothing of it opens a connection.
+const SILENT: [&str; 3] = ["quetsch-kernels", "quetsch", "quetsch-train"];
+const NETWORK: [&str; 7] = ["hyper", "native-tls", "reqwest", "rustls", "socket2", "tokio", "ureq"];
+
 /// What a dependency's licence may be. Of "A OR B" one suffices, of "A AND B" all count.
-const LICENCES: [&str; 11] = [
+const LICENCES: [&str; 12] = [
     "0BSD",
     "Apache-2.0",
     "Apache-2.0 WITH LLVM-exception",
     "BSD-2-Clause",
     "BSD-3-Clause",
     "BSL-1.0",
+    // Of the certificates of webpki-roots: to be passed on with its text, nothing else.
+    "CDLA-Permissive-2.0",
     "CC0-1.0",
     "ISC",
     "MIT",
@@ -42,7 +49,7 @@ const LICENCES: [&str; 11] = [
 
 /// Layers, lengths and `unsafe`.
 pub fn check(root: &Path) -> Result<()> {
-    let faults = [layers(root)?, lengths(root)?, unsafe_code(root)?].concat();
+    let faults = [layers(root)?, network(root)?, lengths(root)?, unsafe_code(root)?].concat();
     ensure!(faults.is_empty(), "house rules:\n  {}", faults.join("\n  "));
     Ok(())
 }
@@ -62,6 +69,38 @@ fn layers(root: &Path) -> Result<Vec<String>> {
             if at >= own {
                 faults
                     .push(format!("{name} (floor {own}) depends on {other} (floor {at}): arrows point down only"));
+            }
+        }
+    }
+    Ok(faults)
+}
+
+/// Ways from a silent crate to one of the network, tests apart.
+fn network(root: &Path) -> Result<Vec<String>> {
+    let platform = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let metadata = metadata(root, &["--offline", "--filter-platform", &platform])?;
+    let names: HashMap<&str, &str> =
+        list(&metadata["packages"]).iter().map(|p| (text(&p["id"]), text(&p["name"]))).collect();
+    let name = |id: &str| names.get(id).copied().unwrap_or("");
+    let normal = |dep: &&Value| list(&dep["dep_kinds"]).iter().any(|kind| kind["kind"].is_null());
+    let nodes: HashMap<&str, Vec<&str>> = list(&metadata["resolve"]["nodes"])
+        .iter()
+        .map(|n| (text(&n["id"]), list(&n["deps"]).iter().filter(normal).map(|d| text(&d["pkg"])).collect()))
+        .collect();
+    let mut faults = vec![];
+    for start in nodes.keys().filter(|id| SILENT.contains(&name(id))) {
+        let (mut seen, mut open) = (HashSet::from([*start]), vec![*start]);
+        while let Some(id) = open.pop() {
+            for dep in nodes.get(id).into_iter().flatten().filter(|dep| seen.insert(**dep)) {
+                open.push(dep);
+                if NETWORK.contains(&name(dep)) {
+                    faults.push(format!(
+                        "{} reaches {} through {}: it must stay without network",
+                        name(start),
+                        name(dep),
+                        name(id)
+                    ));
+                }
             }
         }
     }
@@ -171,6 +210,11 @@ mod tests {
     #[test]
     fn arrows_point_down_only() {
         assert_eq!(layers(crate::root()).unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_library_has_no_network() {
+        assert_eq!(network(crate::root()).unwrap(), Vec::<String>::new());
     }
 
     #[test]

@@ -53,6 +53,9 @@ struct Global {
     /// Threads to compute with [default: all that this process may use]
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
+    /// Fetch nothing from the Hugging Face hub: only its cache is used (also HF_HUB_OFFLINE=1)
+    #[arg(long, global = true)]
+    offline: bool,
     /// Where to compute: cpu, or auto for the best there is
     #[arg(long, global = true, default_value = "cpu")]
     device: String,
@@ -93,6 +96,7 @@ pub fn parse() -> Result<(Cli, Ui, logs::Guard)> {
     }
     let mut ui = Ui::new(g.format, g.quiet, g.no_progress, g.threads);
     ui.verbose = g.verbose > 0;
+    ui.offline = g.offline;
     let guard = logs::start(g.quiet, g.verbose, &cli.command.logs())?;
     if matches!(g.format, Format::Jsonl | Format::Csv) && !matches!(cli.command, Command::Predict(_)) {
         return Err(usage("--format jsonl and csv are for predict only; use human or json"));

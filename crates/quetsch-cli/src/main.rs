@@ -1,30 +1,5 @@
-//! The `quetsch` program: distil, prune, quantise, compare and run BERT-style text classifiers.
+//! The `quetsch` program; all of it is in the library.
 
-mod args;
-mod commands;
-mod exit;
-mod logs;
-mod recipe;
-mod settings;
-mod ui;
-mod values;
-mod work;
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    let (cli, ui, _logs) = match args::parse() {
-        Ok(parsed) => parsed,
-        Err(e) => return ui::fail(&e),
-    };
-    if let Err(e) = quetsch::runtime::Isa::from_env() {
-        return ui::fail(&exit::usage(e));
-    }
-    if let Some(why) = quetsch::runtime::amx_fault() {
-        tracing::warn!("{why}");
-    }
-    match commands::dispatch(cli.command, &ui) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => ui::fail(&e),
-    }
+fn main() -> std::process::ExitCode {
+    quetsch_cli::main()
 }

@@ -25,6 +25,8 @@ pub struct Ui {
     quiet: bool,
     /// `inspect` shows all there is.
     pub verbose: bool,
+    /// Nothing is fetched from the hub.
+    pub offline: bool,
     bars: bool,
     threads: Option<usize>,
 }
@@ -33,7 +35,7 @@ impl Ui {
     /// From the global flags.
     pub fn new(format: Format, quiet: bool, no_progress: bool, threads: Option<usize>) -> Ui {
         let bars = !quiet && !no_progress && std::io::stderr().is_terminal();
-        Ui { format, quiet, verbose: false, bars, threads }
+        Ui { format, quiet, verbose: false, offline: false, bars, threads }
     }
 
     /// Threads to compute with: the flag, else the recipe's number, else all that this process may use.

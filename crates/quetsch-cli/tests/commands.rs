@@ -384,6 +384,15 @@ fn a_student_learns_from_inside_its_teacher() {
     );
     place.ok("distill --teacher b --train train.csv --epochs 1 --out c");
     let report = json(&String::from_utf8_lossy(&place.read("c/report.json")));
+    assert!(report["layer_weights"].is_null(), "{report}");
+    place.ok("distill --teacher model --layers 0,2 --train train.csv --epochs 1 --hidden 1 --hidden-map weighted --out d");
+    let weighted = json(&String::from_utf8_lossy(&place.read("d/report.json")));
+    let weights = |layer: &str| -> Vec<f64> {
+        weighted["layer_weights"][layer].as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
+    };
+    for layer in ["0", "1"] {
+        assert!(weights(layer).len() == 3 && (weights(layer).iter().sum::<f64>() - 1.0).abs() < 1e-5, "{weighted}");
+    }
     assert!(report["epochs"][0]["hidden"].is_null(), "what is no part is not reported: {report}");
 }
 

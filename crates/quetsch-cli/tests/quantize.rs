@@ -76,6 +76,47 @@ fn keep_auto_takes_the_first_sites_that_meet_the_budget() {
     }
 }
 
+/// A model that is right about every text because the labels are its own answers, quantised so coarsely that some change:
+/// sites have to stay in float, and one fewer of them is not enough.
+#[test]
+fn keep_auto_keeps_what_it_must_and_no_more() {
+    let place = Place::new();
+    let words =
+        ["i", "lost", "my", "card", "charged", "two", "times", "set", "a", "new", "pin", "add", "money", "fees"];
+    let texts: String = (0..words.len().pow(2))
+        .map(|i| format!("{} {} {}\n", words[i % words.len()], words[i / words.len()], words[i * 5 % words.len()]))
+        .collect();
+    place.write("texts.txt", texts.as_bytes());
+    let said = place.ok("predict --model model --input texts.txt --format jsonl --top-k 1").stdout;
+    let mut rows = String::from("text,label\n");
+    for line in said.lines() {
+        let answer = json(line.as_bytes());
+        let text = |v: &Value| v.as_str().unwrap_or_else(|| panic!("{answer}")).to_owned();
+        rows += &format!("{},{}\n", text(&answer["text"]), text(&answer["predictions"][0]["label"]));
+    }
+    place.write("train.csv", rows.as_bytes());
+    let found = |keep: &[String], out: &str| {
+        let keep: String = keep.iter().map(|k| format!("--keep {k} ")).collect();
+        place.ok(&format!(
+            "quantize --model model --quant fp4 --keep auto {keep}--budget 15 --train train.csv --validation 0.5 --out {out}"
+        ));
+        json(&place.read(&format!("{out}/report.json")))["sensitivity"].clone()
+    };
+    let accuracy = |v: &Value| v["accuracy"].as_f64().expect("a number");
+    let first = found(&[], "first");
+    assert_eq!(accuracy(&first["float"]), 1.0);
+    assert!(accuracy(&first["all"]) < 0.85, "the case is too easy: {first}");
+    assert!(accuracy(&first["result"]) >= 0.85, "{first}");
+    let kept: Vec<String> =
+        first["kept"].as_array().expect("kept").iter().map(|k| k.as_str().expect("a name").to_owned()).collect();
+    let sites = first["sites"].as_array().expect("sites").len();
+    assert!(!kept.is_empty() && kept.len() < sites, "{kept:?} of {sites}");
+    let fewer = found(&kept[..kept.len() - 1], "fewer");
+    assert!(accuracy(&fewer["all"]) < 0.85, "{fewer}");
+    let same = found(&kept, "same");
+    assert_eq!((accuracy(&same["all"]), &same["kept"]), (accuracy(&first["result"]), &Value::Array(vec![])));
+}
+
 #[test]
 fn a_calibrated_model_runs_and_says_on_what_it_was_calibrated() {
     let place = Place::new();

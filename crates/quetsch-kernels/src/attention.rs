@@ -169,14 +169,16 @@ impl<'a> Head<'a> {
         let (len, lines) = (self.out.rows(), self.dim.div_ceil(LINE));
         for (panel, keys) in self.keys.chunks_exact_mut(lines).enumerate() {
             for (i, block) in keys.iter_mut().enumerate() {
-                for (r, line) in block.iter_mut().enumerate() {
-                    // Behind the last token it stands again: those scores are not read.
-                    let token = (panel * LINE + r).min(len - 1);
+                // What stands behind the last token gives scores that are not read.
+                for (line, token) in block.iter_mut().zip(panel * LINE..len) {
                     copy(&self.k[token * self.stride..][..self.dim][i * LINE..], line);
                 }
                 // SAFETY: passed on.
                 unsafe { V::transpose(block) };
             }
+        }
+        if self.reads_values() {
+            return;
         }
         for (token, values) in self.values.chunks_exact_mut(lines).enumerate() {
             let row = &self.v[token * self.stride..][..self.dim];
@@ -184,6 +186,12 @@ impl<'a> Head<'a> {
                 copy(&row[i * LINE..], line);
             }
         }
+    }
+
+    /// Whether v is read where it stands: a few rows, in whole lines.
+    #[inline(always)]
+    fn reads_values(&self) -> bool {
+        self.out.rows() <= 2 * LINE && self.dim.is_multiple_of(LINE)
     }
 
     fn run(self, isa: Isa) {
@@ -274,24 +282,35 @@ unsafe fn queries<V: Lanes, const R: usize>(head: &mut Head, first: usize, rows:
         // Vector `c` of a row of keys, of which a panel has LINE / N.
         let key = |c: usize| keys.add(c * V::N / LINE * LINE * line + c * V::N % LINE);
         let columns = len.div_ceil(V::N);
-        for c in (0..columns).step_by(2) {
-            if c + 1 < columns {
-                let sums = product::<V, R, 2>(q, [key(c), key(c + 1)], LINE, head.dim);
-                for (r, [a, b]) in sums.into_iter().enumerate() {
-                    a.store(scores.add(r * wide + c * V::N));
-                    b.store(scores.add(r * wide + (c + 1) * V::N));
+        let inverse = match columns {
+            1 => in_registers::<V, R, 1>(q, [key(0)], head.dim, len, scale, scores, wide),
+            2 => in_registers::<V, R, 2>(q, [key(0), key(1)], head.dim, len, scale, scores, wide),
+            _ => {
+                for c in (0..columns).step_by(2) {
+                    if c + 1 < columns {
+                        let sums = product::<V, R, 2>(q, [key(c), key(c + 1)], LINE, head.dim);
+                        for (r, [a, b]) in sums.into_iter().enumerate() {
+                            a.store(scores.add(r * wide + c * V::N));
+                            b.store(scores.add(r * wide + (c + 1) * V::N));
+                        }
+                    } else {
+                        let sums = product::<V, R, 1>(q, [key(c)], LINE, head.dim);
+                        sums.iter().enumerate().for_each(|(r, [a])| a.store(scores.add(r * wide + c * V::N)));
+                    }
                 }
-            } else {
-                let sums = product::<V, R, 1>(q, [key(c)], LINE, head.dim);
-                sums.iter().enumerate().for_each(|(r, [a])| a.store(scores.add(r * wide + c * V::N)));
+                let mut inverse = [0.0; R];
+                for (r, inverse) in inverse.iter_mut().enumerate().take(rows) {
+                    *inverse = 1.0 / exponentials::<V>(scores.add(r * wide), len, scale);
+                }
+                inverse
             }
-        }
-        let mut inverse = [0.0; R];
-        for (r, inverse) in inverse.iter_mut().enumerate().take(rows) {
-            *inverse = 1.0 / exponentials::<V>(scores.add(r * wide), len, scale);
-        }
+        };
         let p: [*const f32; R] = std::array::from_fn(|r| scores.add(row(r) * wide).cast_const());
-        let value = |c: usize| head.values.as_ptr().cast::<f32>().add(c * V::N);
+        let (values, line) = match head.reads_values() {
+            true => (head.v.as_ptr(), head.stride),
+            false => (head.values.as_ptr().cast::<f32>(), line),
+        };
+        let value = |c: usize| values.add(c * V::N);
         for c in (0..head.dim).step_by(2 * V::N) {
             let vector = c / V::N;
             if c + V::N < head.dim {
@@ -309,6 +328,53 @@ unsafe fn queries<V: Lanes, const R: usize>(head: &mut Head, first: usize, rows:
                 }
             }
         }
+    }
+}
+
+/// Scores of few keys, which stay in registers, and their exponentials, `wide` floats from row to row; the inverse of
+/// each row's sum. What [`product`] and [`exponentials`] give, for all rows at a time.
+///
+/// # Safety
+/// As for [`run`]; `C` vectors are what `len` keys take.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // r and c name rows and vectors of several arrays
+unsafe fn in_registers<V: Lanes, const R: usize, const C: usize>(
+    q: [*const f32; R],
+    keys: [*const f32; C],
+    dim: usize,
+    len: usize,
+    scale: f32,
+    scores: *mut f32,
+    wide: usize,
+) -> [f32; R] {
+    // SAFETY: passed on.
+    unsafe {
+        // Plain loops: a closure may be compiled apart, for the base instruction set.
+        let mut e = product::<V, R, C>(q, keys, LINE, dim);
+        let (scale, last) = (V::splat(scale), len - (C - 1) * V::N);
+        let mut most = [V::splat(f32::NEG_INFINITY); R];
+        for r in 0..R {
+            let mut row = e[r][C - 1].first(last, most[r]);
+            for c in 0..C - 1 {
+                row = e[r][c].max(row);
+            }
+            most[r] = V::splat(row.largest());
+        }
+        let mut inverse = [0.0; R];
+        for r in 0..R {
+            for c in 0..C {
+                e[r][c] = exp2(e[r][c].sub(most[r]).mul(scale));
+            }
+            e[r][C - 1] = e[r][C - 1].first(last, V::splat(0.0));
+            let mut sum = e[r][0];
+            e[r][0].store(scores.add(r * wide));
+            for c in 1..C {
+                e[r][c].store(scores.add(r * wide + c * V::N));
+                sum = sum.add(e[r][c]);
+            }
+            inverse[r] = 1.0 / sum.total();
+        }
+        inverse
     }
 }
 

@@ -1,4 +1,5 @@
-//! f32 matrix products through the `gemm` crate, behind a safe door.
+//! f32 matrix products through the `gemm-f32` crate (`gemm` without its other number types, which take minutes to
+//! build), behind a safe door.
 
 use crate::window::Window;
 
@@ -70,15 +71,21 @@ pub fn gemm_into(k: usize, scale: f32, a: View, b: View, mut out: Window, write:
         return;
     }
     assert!(a.fits(m, k) && b.fits(k, n));
-    // SAFETY: the asserts above keep every address that gemm forms inside its slice; the window is exclusively borrowed.
+    // Its microkernels write columns, so a row-major result is computed as its transpose: out^T = b^T a^T.
+    let (m, n, [down, right], a, b) = match stride {
+        0..=1 => (m, n, [stride, 1], a, b),
+        _ => (n, m, [1, stride], b.t(), a.t()),
+    };
+    // SAFETY: the asserts above keep every address that the product forms inside its slice; the window is exclusively
+    // borrowed.
     unsafe {
-        gemm::gemm(
+        gemm_f32::gemm::f32::get_gemm_fn()(
             m,
             n,
             k,
             out.as_mut_ptr(),
-            1,
-            stride as isize,
+            right as isize,
+            down as isize,
             write == Write::Add,
             a.data.as_ptr(),
             a.col as isize,
@@ -91,7 +98,7 @@ pub fn gemm_into(k: usize, scale: f32, a: View, b: View, mut out: Window, write:
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            gemm_common::Parallelism::None,
         );
     }
 }
@@ -99,7 +106,7 @@ pub fn gemm_into(k: usize, scale: f32, a: View, b: View, mut out: Window, write:
 /// out `[m, n]` (row stride `stride`) = x `[m, k]` w `[k, n]`, with the same bits for a row whatever rows stand beside
 /// it.
 ///
-/// The `gemm` crate takes another summation order for one row, for one column, and (by its choice of block length)
+/// The `gemm-f32` crate takes another summation order for one row, for one column, and (by its choice of block length)
 /// for at most 64 rows times at most 64 columns: one row is computed as two, one column by dot products, and narrow
 /// results in blocks of at most 64 rows.
 ///

@@ -2,10 +2,10 @@
 //! gives the same bits.
 
 use crate::isa::{Isa, isa};
-use crate::math::Activation;
+use crate::math::{Activation, bias_activation};
 use crate::window::Window;
 #[cfg(target_arch = "x86_64")]
-use crate::{amx, vnni};
+use crate::{amx, pairs, vnni};
 
 /// Rows quantised to int8: `q` `[rows, stride(k)]`, zeros behind k, and what an integer of a row is worth.
 #[derive(Clone, Copy)]
@@ -21,44 +21,57 @@ pub fn stride(k: usize) -> usize {
     k.next_multiple_of(64)
 }
 
-/// Quantises one row into `stride(x.len())` bytes; returns its scale.
+/// The magnitude that becomes 127.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Range {
+    /// The largest of each row.
+    Row,
+    /// One for all rows, known beforehand; what is larger is clipped to +-127.
+    Fixed(f32),
+}
+
 #[inline(always)]
-pub(crate) fn quantise_row(x: &[f32], q: &mut [i8]) -> f32 {
+fn absmax(x: &[f32]) -> f32 {
     let (chunks, rest) = x.as_chunks::<16>();
     let mut lanes = [0f32; 16];
     let larger = |m: &mut f32, v: &f32| *m = if v.abs() > *m { v.abs() } else { *m };
     chunks.iter().for_each(|c| lanes.iter_mut().zip(c).for_each(|(m, v)| larger(m, v)));
     let mut max = 0f32;
     lanes.iter().chain(rest).for_each(|v| larger(&mut max, v));
-    let inv = if max > TINY { 127.0 / max } else { 0.0 };
+    max
+}
+
+/// Quantises one row into `stride(x.len())` bytes; returns its scale.
+#[inline(always)]
+pub(crate) fn quantise_row(x: &[f32], range: Range, q: &mut [i8]) -> f32 {
     let (own, padding) = q.split_at_mut(x.len());
-    // 1.5 * 2^23 rounds to an integer, ties to even, that sits in the low mantissa bits.
-    x.iter().zip(own).for_each(|(x, q)| *q = ((x * inv) + 12_582_912.0).to_bits() as i8);
     padding.fill(0);
+    let inverse = |max: f32| if max > TINY { 127.0 / max } else { 0.0 };
+    // 1.5 * 2^23 rounds to an integer, ties to even, that sits in the low mantissa bits.
+    let round = |x: f32| (x + 12_582_912.0).to_bits() as i8;
+    let max = match range {
+        Range::Row => {
+            let max = absmax(x);
+            let inv = inverse(max);
+            x.iter().zip(own).for_each(|(x, q)| *q = round(x * inv));
+            max
+        }
+        Range::Fixed(max) => {
+            let inv = inverse(max);
+            x.iter().zip(own).for_each(|(x, q)| *q = round((x * inv).clamp(-127.0, 127.0)));
+            max
+        }
+    };
     if max > TINY { max / 127.0 } else { 0.0 }
 }
 
 kernel! {
-    /// q = round(x * 127 / absmax), ties to even, and scale = absmax / 127, for every row of `width`; a row of zeros
+    /// q = round(x * 127 / absmax), ties to even, and scale = absmax / 127, for every row of `width`; an absmax of 0
     /// (or of less than `TINY`, whose reciprocal would overflow) has scale 0. `q` has rows of `stride(width)`.
-    pub fn quantise(x: &[f32], width: usize, q: &mut [i8], scale: &mut [f32]) {
+    pub fn quantise(x: &[f32], width: usize, range: Range, q: &mut [i8], scale: &mut [f32]) {
         for (r, scale) in scale.iter_mut().enumerate() {
             let q = &mut q[r * stride(width)..(r + 1) * stride(width)];
-            *scale = quantise_row(&x[r * width..(r + 1) * width], q);
-        }
-    }
-}
-
-kernel! {
-    /// As [`quantise`] with one `absmax` known beforehand for all rows: what is larger is clipped to +-127.
-    pub fn quantise_static(x: &[f32], width: usize, absmax: f32, q: &mut [i8], scale: &mut [f32]) {
-        let inv = if absmax > TINY { 127.0 / absmax } else { 0.0 };
-        for (r, scale) in scale.iter_mut().enumerate() {
-            let (own, padding) = q[r * stride(width)..(r + 1) * stride(width)].split_at_mut(width);
-            let round = |x: f32| ((x * inv).clamp(-127.0, 127.0) + 12_582_912.0).to_bits() as i8;
-            x[r * width..(r + 1) * width].iter().zip(own).for_each(|(x, q)| *q = round(*x));
-            padding.fill(0);
-            *scale = if absmax > TINY { absmax / 127.0 } else { 0.0 };
+            *scale = quantise_row(&x[r * width..(r + 1) * width], range, q);
         }
     }
 }
@@ -79,6 +92,9 @@ pub struct Matrix {
 enum Packed {
     /// `[n, k]`, row-major.
     Plain(Vec<i8>),
+    /// Panels `[n / 16][k / 2][16][2]`, for AVX2, or AVX-512 without VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Pairs(Vec<i8>, pairs::Width),
     /// Panels `[n / 16][stride(k) / 4][16][4]` of w + 128, so that AVX512-VNNI may take them for unsigned.
     Vnni(Vec<i8>),
     /// The same panels of w, for AMX.
@@ -97,7 +113,14 @@ impl Matrix {
     fn for_isa(values: &[i8], scale: Vec<f32>, k: usize, isa: Isa) -> Matrix {
         assert_eq!(values.len(), scale.len() * k);
         if isa < Isa::Avx512Vnni {
-            return Matrix { packed: Packed::Plain(values.to_vec()), scale, k };
+            let packed = match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => Packed::Pairs(in_pairs(values, scale.len(), k), pairs::Width::Avx2),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => Packed::Pairs(in_pairs(values, scale.len(), k), pairs::Width::Avx512),
+                _ => Packed::Plain(values.to_vec()),
+            };
+            return Matrix { packed, scale, k };
         }
         let (panels, quads) = (scale.len().div_ceil(LANES), stride(k) / 4);
         let flip = if isa < Isa::Amx { -128 } else { 0 };
@@ -125,6 +148,8 @@ impl Matrix {
     pub fn bytes(&self) -> usize {
         let packed = match &self.packed {
             Packed::Plain(v) | Packed::Vnni(v) | Packed::Amx(v) => v.len(),
+            #[cfg(target_arch = "x86_64")]
+            Packed::Pairs(v, _) => v.len(),
         };
         packed + 4 * self.scale.len()
     }
@@ -134,6 +159,8 @@ impl Matrix {
         let panel = |j: usize| ((j / LANES * (stride(self.k) / 4) + c / 4) * LANES + j % LANES) * 4 + c % 4;
         let at = |j: usize| match &self.packed {
             Packed::Plain(w) => w[j * self.k + c],
+            #[cfg(target_arch = "x86_64")]
+            Packed::Pairs(w, _) => w[pair(self.k, j, c)],
             Packed::Vnni(w) => w[panel(j)] ^ -128,
             Packed::Amx(w) => w[panel(j)],
         };
@@ -166,26 +193,50 @@ impl Matrix {
         }
         let (bias, scale) = (bias.get(first..).unwrap_or_default(), &self.scale[first..first + width]);
         #[cfg(target_arch = "x86_64")]
-        let (step, panels) = (out.stride(), first / LANES * stride(k) * LANES);
+        let (step, panels, gelu) = (out.stride(), first / LANES * stride(k) * LANES, f == Activation::Gelu);
         match &self.packed {
-            Packed::Plain(w) => plain(x, &w[first * k..], scale, k, bias, f, &mut out),
+            Packed::Plain(w) => return plain(x, &w[first * k..], scale, k, bias, f, &mut out),
+            #[cfg(target_arch = "x86_64")]
+            Packed::Pairs(w, width) => {
+                // SAFETY: made only where `isa()` saw the instruction set (tests: `Isa::best()`).
+                unsafe { pairs::product(*width, x, k, &w[pair(k, first, 0)..], scale, bias, &mut out) };
+                return bias_activation(&mut out, &[], f);
+            }
             #[cfg(target_arch = "x86_64")]
             Packed::Vnni(w) => {
-                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, f, step };
+                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, gelu, step };
                 // SAFETY: `Packed::Vnni` is made only where `isa()` saw AVX512-VNNI (tests: `Isa::best()`); the
                 // asserts above are what `vnni::product` asks for, and the window is where it may write.
                 unsafe { vnni::product(&product, out.as_mut_ptr()) }
             }
             #[cfg(target_arch = "x86_64")]
             Packed::Amx(w) => {
-                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, f, step };
+                let product = vnni::Product { x, k, w: &w[panels..], scale, bias, gelu, step };
                 // SAFETY: as above: `isa()` saw that AMX works.
                 unsafe { amx::int8(&product, out.as_mut_ptr()) }
             }
             #[cfg(not(target_arch = "x86_64"))]
             Packed::Vnni(..) | Packed::Amx(_) => unreachable!("this architecture has no such tier"),
         }
+        if f != Activation::Identity && f != Activation::Gelu {
+            bias_activation(&mut out, &[], f);
+        }
     }
+}
+
+/// Where row `j` has column `c` in panels of pairs.
+#[cfg(target_arch = "x86_64")]
+fn pair(k: usize, j: usize, c: usize) -> usize {
+    ((j / LANES * pairs::pairs(k) + c / 2) * LANES + j % LANES) * 2 + c % 2
+}
+
+#[cfg(target_arch = "x86_64")]
+fn in_pairs(values: &[i8], n: usize, k: usize) -> Vec<i8> {
+    let mut packed = vec![0; n.div_ceil(LANES) * LANES * 2 * pairs::pairs(k)];
+    for (j, row) in values.chunks_exact(k.max(1)).enumerate() {
+        row.iter().enumerate().for_each(|(c, v)| packed[pair(k, j, c)] = *v);
+    }
+    packed
 }
 
 kernel! {
@@ -236,7 +287,10 @@ mod tests {
         let bias: Vec<f32> = (0..n).map(|c| 100.0 - c as f32).collect();
         let x = padded(&q, rows, k);
         let x = Rows { q: &x, scale: &row_scale };
-        for isa in [Isa::Scalar, Isa::Avx512Vnni, Isa::Amx].into_iter().filter(|i| *i <= Isa::best()) {
+        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx]
+            .into_iter()
+            .filter(|i| *i <= Isa::best())
+        {
             let m = Matrix::for_isa(&w, scale.clone(), k, isa);
             let step = n + extra;
             let shape = format!("{isa:?} {rows}x{n}x{k}");
@@ -251,10 +305,14 @@ mod tests {
                 assert!(exact[r * step + n..(r + 1) * step].iter().all(|v| *v == -7.0), "{shape} wrote too far");
             }
             let mut out = vec![-7.0; rows * step];
-            m.multiply(x, &bias, Activation::Gelu, &mut out, step);
-            for (r, c) in (0..rows).flat_map(|r| (0..n).map(move |c| (r, c))) {
-                let want = crate::math::gelu(exact[r * step + c] + bias[c]);
-                assert_eq!(out[r * step + c], want, "{shape} with bias and GELU at {r},{c}");
+            let after: [(Activation, fn(f32) -> f32); 2] =
+                [(Activation::Relu, |x| x.max(0.0)), (Activation::Gelu, crate::math::gelu)];
+            for (f, plain) in after {
+                m.multiply(x, &bias, f, &mut out, step);
+                for (r, c) in (0..rows).flat_map(|r| (0..n).map(move |c| (r, c))) {
+                    let want = plain(exact[r * step + c] + bias[c]);
+                    assert_eq!(out[r * step + c], want, "{shape} with bias and {f:?} at {r},{c}");
+                }
             }
             let mut apart = vec![-7.0; rows * step];
             for (first, part) in Window::new(&mut apart, rows, n, step).columns(2 * LANES) {
@@ -276,15 +334,16 @@ mod tests {
             let absmax = row.iter().fold(0f32, |m, v| m.max(v.abs()));
             let (mut a, mut scale, mut same) = (vec![9; stride(width)], [0.0], [0.0]);
             let mut b = a.clone();
-            quantise(row, width, &mut a, &mut scale);
-            quantise_static(row, width, absmax, &mut b, &mut same);
+            quantise(row, width, Range::Row, &mut a, &mut scale);
+            quantise(row, width, Range::Fixed(absmax), &mut b, &mut same);
             assert_eq!((&a, scale), (&b, same), "{width}");
         }
         let (mut q, mut scale) = (vec![9; 2 * 64], [0.0; 2]);
-        quantise_static(&[0.0, 0.5, -0.5, 1.0, -1.0, 9.0, -9.0, 0.003], 4, 1.0, &mut q, &mut scale);
+        let x = [0.0, 0.5, -0.5, 1.0, -1.0, 9.0, -9.0, 0.003];
+        quantise(&x, 4, Range::Fixed(1.0), &mut q, &mut scale);
         assert_eq!(q, padded(&[0, 64, -64, 127, -127, 127, -127, 0], 2, 4), "63.5 is a tie, to even");
         assert_eq!(scale, [1.0 / 127.0; 2]);
-        quantise_static(&[3.0], 1, 0.0, &mut q[..64], &mut scale[..1]);
+        quantise(&[3.0], 1, Range::Fixed(0.0), &mut q[..64], &mut scale[..1]);
         assert_eq!(scale[0], 0.0);
     }
 
@@ -311,7 +370,7 @@ mod tests {
     fn quantising_keeps_zero_and_the_extremes() {
         let x = [0.0, -2.0, 1.0, 0.5, 0.0, 0.0, 1e-38, 0.0, 127.0, 0.5, 1.5, -2.5];
         let (mut q, mut s) = ([9i8; 3 * 64], [0f32; 3]);
-        quantise(&x, 4, &mut q, &mut s);
+        quantise(&x, 4, Range::Row, &mut q, &mut s);
         let want = padded(&[0, -127, 64, 32, 0, 0, 0, 0, 127, 0, 2, -2], 3, 4);
         assert_eq!(q[..], want, "ties go to even, zeros behind the row");
         assert_eq!(s, [2.0 / 127.0, 0.0, 1.0]);

@@ -2,8 +2,8 @@
 //!
 //! Matrices are row-major slices. Sentences are ragged: `starts[i]..starts[i + 1]` are the rows of sentence `i`.
 //! Elementwise kernels are written once as plain Rust and compiled for several instruction sets by `isa::kernel!`;
-//! they use no fused multiply-add, so that every tier gives the same bits. f32 matrix products come from the `gemm`
-//! crate or from [`panels`]. Attention is written over vectors
+//! they use no fused multiply-add, so that every tier gives the same bits. f32 matrix products come from `gemm-f32`
+//! or from [`panels`]. Attention is written over vectors
 //! of f32 (`lanes`): its bits are those of a tier.
 
 #[macro_use]
@@ -13,14 +13,18 @@ mod amx;
 pub mod attention;
 pub mod attention_train;
 pub mod four_bit;
+mod gelu;
 pub mod gemm;
 pub mod int8;
 mod lanes;
 pub mod math;
 pub mod norm;
 pub mod optim;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 pub mod panels;
 pub mod peak;
+mod prefetch;
 pub mod rows;
 mod sync;
 pub mod team;

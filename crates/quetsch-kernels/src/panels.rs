@@ -14,6 +14,7 @@ use crate::gemm::Write;
 use crate::isa::bf16_is_fast;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Isa, bf16_dot, isa};
+use crate::prefetch::Ahead;
 use crate::window::Window;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::transpose;
@@ -319,7 +320,8 @@ pub fn multiply_into(p: Precision, a: Left, b: &[u32], k: usize, mut out: Window
     for first in (0..m).step_by(block) {
         for c in (0..n).step_by(WIDE * LINE) {
             let end = (first + block).min(m);
-            for r in (first..end).step_by(TALL) {
+            let tiles = (end - first).div_ceil(TALL);
+            for (i, r) in (first..end).step_by(TALL).enumerate() {
                 let t = Tile {
                     a: &a.words[a.start(r)..],
                     a_row: a.row,
@@ -328,6 +330,7 @@ pub fn multiply_into(p: Precision, a: Left, b: &[u32], k: usize, mut out: Window
                     panel,
                     words: used,
                     add,
+                    ahead: Ahead::of(i, tiles, WIDE, panel / LINE),
                 };
                 t.run(p, &mut out.part(r..(r + TALL).min(end), c..(c + WIDE * LINE).min(n)));
             }
@@ -351,6 +354,8 @@ struct Tile<'a> {
     panel: usize,
     words: usize,
     add: bool,
+    /// What it fetches of the panels that come next.
+    ahead: Ahead,
 }
 
 impl Tile<'_> {
@@ -548,6 +553,7 @@ mod avx512 {
             unsafe fn $fixed<const R: usize, const P: usize>(t: &Tile, out: &mut Window) {
                 let mut sums = [[_mm512_setzero_ps(); P]; R];
                 let (a_rows, panels) = (t.a.as_ptr(), t.b.as_ptr());
+                let mut next = t.ahead.behind(panels.wrapping_add(P * t.panel));
                 for w in 0..t.words {
                     // SAFETY: `multiply` checked that A has `words` words in each row and B a whole panel each.
                     let b: [__m512; P] = std::array::from_fn(|p| unsafe {
@@ -561,6 +567,7 @@ mod avx512 {
                             sums[r][p] = $step;
                         }
                     }
+                    next.fetch::<P>();
                 }
                 for (r, sums) in sums.iter().enumerate() {
                     for (p, sum) in sums.iter().enumerate() {
@@ -691,6 +698,7 @@ mod tests {
                     panel: p.panel_words(k) * LINE,
                     words: k.div_ceil(p.per_word()),
                     add: false,
+                    ahead: Ahead::NOTHING,
                 };
                 let (mut got, mut want) = (vec![0f32; m * n], vec![0f32; m * n]);
                 t.run(p, &mut Window::new(&mut got, rows, cols, n));

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// What is multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arithmetic {
-    /// f32, as the `gemm` crate does it: it picks the instruction set on its own.
+    /// f32, as the `gemm-f32` crate does it: it picks the instruction set on its own.
     F32,
     /// bf16 summed in f32, where [`bf16_is_fast`](crate::isa::bf16_is_fast): tiles of AMX, or `vdpbf16ps`.
     Bf16,

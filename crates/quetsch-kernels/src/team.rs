@@ -8,6 +8,7 @@
 
 use crate::sync::{Arc, AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Mutex, Ordering, spin, thread};
 use std::any::Any;
+use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::PoisonError;
 
@@ -110,11 +111,9 @@ impl Team {
         if items.len() <= 1 || self.threads == 1 {
             return items.into_iter().for_each(work);
         }
-        let items: Vec<_> = items.into_iter().map(|item| std::sync::Mutex::new(Some(item))).collect();
-        self.fork(items.len(), |i| {
-            let item = items[i].lock().unwrap_or_else(PoisonError::into_inner).take();
-            item.into_iter().for_each(&work);
-        });
+        let items = Items(items.into_iter().map(ManuallyDrop::new).collect());
+        // SAFETY: `fork` runs each number once.
+        self.fork(items.0.len(), |i| work(unsafe { items.take(i) }));
     }
 
     /// The other threads; as many as the system gives, because the caller can do every part.
@@ -124,6 +123,21 @@ impl Team {
             thread::Builder::new().name(format!("team-{i}")).spawn(move || shared.work()).ok()
         };
         (1..self.threads).map_while(start).collect()
+    }
+}
+
+/// Items that are taken one by one, each by one thread. Without a lock, which would send their line of cache to and fro.
+struct Items<T>(Vec<ManuallyDrop<T>>);
+
+// SAFETY: threads share it to move items out, which `T: Send` allows.
+unsafe impl<T: Send> Sync for Items<T> {}
+
+impl<T> Items<T> {
+    /// # Safety
+    /// Once for each `i`.
+    unsafe fn take(&self, i: usize) -> T {
+        // SAFETY: the caller's promise: it was not taken yet.
+        ManuallyDrop::into_inner(unsafe { std::ptr::read(&self.0[i]) })
     }
 }
 

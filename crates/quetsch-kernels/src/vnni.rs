@@ -3,8 +3,9 @@
 //! `vpdpbusd` multiplies unsigned by signed bytes: the panels hold w + 128, and 128 times the sum of the row is taken off
 //! at the end. So a row is read as it is, four bytes at a time, straight into all lanes.
 
+use crate::gelu::x86::{gelu, gelu_of_rows};
 use crate::int8::{LANES, Rows, stride};
-use crate::math::{Activation, activate};
+use crate::prefetch::Ahead;
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -18,7 +19,8 @@ pub(crate) struct Product<'a> {
     /// Of the rows of w. `[n]`
     pub scale: &'a [f32],
     pub bias: &'a [f32],
-    pub f: Activation,
+    /// Whether f is GELU, else nothing.
+    pub gelu: bool,
     /// Floats from one row of the result to the next.
     pub step: usize,
 }
@@ -66,12 +68,15 @@ pub(crate) unsafe fn product(p: &Product, out: *mut f32) {
                 let (first, end) = (rows * i / blocks, rows * (i + 1) / blocks);
                 let (height, sums) = (end - first, &sums[first..end]);
                 let first = strip + first;
+                // A few rows are through before what is fetched could come, and four panels are four streams, which the
+                // CPU finds.
+                let ahead = if rows <= 6 { Ahead::NOTHING } else { Ahead::of(i, blocks, group, stride(p.k) / 4) };
                 // SAFETY: passed on.
                 unsafe {
                     match group {
-                        4 => block!(4, height, (p, first, panel, sums, out), [1 2 3 4 5 6]),
-                        2 => block!(2, height, (p, first, panel, sums, out), [1 2 3 4 5 6 7 8 9 10 11 12]),
-                        _ => block!(1, height, (p, first, panel, sums, out), [1 2 3 4 5 6 7 8 9 10 11 12]),
+                        4 => block!(4, height, (p, first, panel, sums, ahead, out), [1 2 3 4 5 6]),
+                        2 => block!(2, height, (p, first, panel, sums, ahead, out), [1 2 3 4 5 6 7 8 9 10 11 12]),
+                        _ => block!(1, height, (p, first, panel, sums, ahead, out), [1 2 3 4 5 6 7 8 9 10 11 12]),
                     }
                 }
             }
@@ -120,11 +125,11 @@ unsafe fn row<const P: usize>(acc: &mut [__m512i; P], w: &[__m512i; P], x: *cons
     }
 }
 
-/// `R` rows by `P` panels.
+/// `R` rows by `P` panels. Not inlined: with all sizes in one function the compiler runs out of registers.
 ///
 /// # Safety
 /// As for [`product`].
-#[inline]
+#[inline(never)]
 #[allow(clippy::needless_range_loop)] // r and j name rows and panels of several arrays
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn block<const R: usize, const P: usize>(
@@ -132,6 +137,7 @@ unsafe fn block<const R: usize, const P: usize>(
     first: usize,
     panel: usize,
     sums: &[i32],
+    ahead: Ahead,
     out: *mut f32,
 ) {
     let (from_row, size) = (stride(p.k), stride(p.k) * LANES);
@@ -140,6 +146,7 @@ unsafe fn block<const R: usize, const P: usize>(
     // `product` asks for.
     unsafe {
         let mut w = p.w.as_ptr().add(panel * size);
+        let mut next = ahead.behind(w.wrapping_add(P * size));
         // Every third row: the two behind it are reached by address arithmetic, so that four pointers do.
         let mut x: [*const i8; 4] =
             std::array::from_fn(|i| p.x.q.as_ptr().wrapping_add((first + 3 * i) * from_row));
@@ -157,14 +164,21 @@ unsafe fn block<const R: usize, const P: usize>(
                 };
             }
             rows!(0 1 2 3 4 5 6 7 8 9 10 11);
+            next.fetch::<P>();
             w = w.wrapping_add(64);
             x.iter_mut().for_each(|x| *x = x.wrapping_add(4));
         }
         for j in 0..P {
             let columns = p.columns(panel + j);
             for r in 0..R {
-                p.finish(first + r, &columns, _mm512_sub_epi32(acc[r][j], _mm512_set1_epi32(sums[r])), out);
+                let sums = _mm512_sub_epi32(acc[r][j], _mm512_set1_epi32(sums[r]));
+                p.store(first + r, &columns, p.scaled(first + r, &columns, sums), out);
             }
+        }
+        if p.gelu {
+            let column = panel * LANES;
+            let width = (P * LANES).min(p.scale.len() - column);
+            gelu_of_rows(out.wrapping_add(first * p.step + column), R, width, p.step);
         }
     }
 }
@@ -203,17 +217,24 @@ impl Product<'_> {
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) unsafe fn finish(&self, row: usize, c: &Columns, sums: __m512i, out: *mut f32) {
+        let y = self.scaled(row, c, sums);
+        // SAFETY: passed on.
+        unsafe { self.store(row, c, if self.gelu { gelu(y) } else { y }, out) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn scaled(&self, row: usize, c: &Columns, sums: __m512i) -> __m512 {
         let scale = _mm512_mul_ps(_mm512_set1_ps(self.x.scale[row]), c.scale);
-        let mut y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), c.bias);
-        // SAFETY: the lanes are 64 bytes; the row is touched where the mask is set.
-        unsafe {
-            if self.f != Activation::Identity {
-                let mut lanes = [0f32; LANES];
-                _mm512_storeu_ps(lanes.as_mut_ptr(), y);
-                activate(&mut lanes, self.f);
-                y = _mm512_loadu_ps(lanes.as_ptr());
-            }
-            _mm512_mask_storeu_ps(out.add(row * self.step + c.first), c.mask, y);
-        }
+        _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale), c.bias)
+    }
+
+    /// # Safety
+    /// As for [`Product::columns`].
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store(&self, row: usize, c: &Columns, y: __m512, out: *mut f32) {
+        // SAFETY: the row is touched where the mask is set.
+        unsafe { _mm512_mask_storeu_ps(out.add(row * self.step + c.first), c.mask, y) };
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! - Hidden states and embeddings (Romero et al. 2015; Sun et al. 2019; Jiao et al. 2020): `D(h_s W^T, h_t)` with a
 //!   [`Measure`] D; W is learned where the widths differ, one a link, else there is none. h_t may be the mean of
-//!   several layers.
+//!   several layers, or their sum with weights softmax(v), v learned from v = 0 (the mean), as the layers of a body are
+//!   mixed in Peters et al. 2018, equation 1.
 //! - Attention maps (Wang et al. 2020, MiniLM, equation 4): `KL(A_t || A_s)` of `A = softmax(Q K^T / sqrt(d))`, a mean
 //!   over the heads, which are matched by their original index.
 //! - Relations (Wang et al. 2021, MiniLMv2, equations 4 to 7): the same between queries and queries, keys and keys,
@@ -23,6 +24,7 @@ use quetsch::spec::{At, ModelSpec, Tensor};
 use quetsch::{Error, Result};
 use quetsch_kernels::gemm::{Size, View, Write, gemm};
 use quetsch_kernels::math::softmax;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 pub use crate::layer_map::LayerMap;
@@ -71,6 +73,8 @@ pub struct Link {
     pub student: usize,
     /// Layers of the teacher whose mean is the target; `[0]` for embeddings.
     pub teacher: Vec<usize>,
+    /// Whether their weights in that mean are learned; of hidden states alone.
+    pub weighted: bool,
     /// Weight in the objective, beside the other losses.
     pub weight: f32,
     /// Share in the part that is logged: 1 / links of the part.
@@ -85,6 +89,7 @@ impl Link {
             compare,
             student: *student,
             teacher: teacher.clone(),
+            weighted: false,
             weight,
             share,
         };
@@ -126,6 +131,9 @@ impl Link {
         }
         let pair = [(self.student, self.teacher.clone())];
         LayerMap::Pairs(pair.to_vec()).pairs(student.layers.len(), teacher.layers.len())?;
+        if self.weighted && !matches!(self.compare, Compare::Hidden(_)) {
+            return bad(format!("{:?} has no weights of layers: they are learned for hidden states", self.compare));
+        }
         if let Compare::Hidden(_) | Compare::Embeddings(_) = self.compare {
             return Ok(());
         }
@@ -209,25 +217,31 @@ impl Features<'_> {
         Ok(())
     }
 
-    /// The shapes `[to, from]` of all projections, by link.
-    pub(crate) fn projections(&self, student: &ModelSpec) -> Vec<(usize, (usize, usize))> {
-        let shape = |(i, l): (usize, &Link)| l.projection(student, self.teacher.spec()).map(|shape| (i, shape));
-        self.links.iter().enumerate().filter_map(shape).collect()
+    /// Adds what is learned beside the student: projections, and weights of the teacher's layers.
+    pub fn add_parameters(&self, params: &mut Params, seed: u64) {
+        for (i, link) in self.links.iter().enumerate() {
+            if let Some(shape) = link.projection(&params.spec, self.teacher.spec()) {
+                params.add_projection(i, shape, seed);
+            }
+            if link.weighted {
+                params.add_layer_weights(i, link.teacher.len());
+            }
+        }
     }
 
-    /// The teacher's activations on these sentences, by link.
-    fn targets(&self, batch: &Batch, ws: &mut Workspace) -> Vec<Vec<f32>> {
+    /// What the weights of the teacher's layers have become: (layer of the student, a weight for each layer).
+    pub(crate) fn layer_weights(&self, params: &Params) -> Vec<(usize, Vec<f32>)> {
+        let weighted = self.links.iter().enumerate().filter(|(_, l)| l.weighted);
+        weighted.map(|(i, l)| (l.student, shares(i, l, params))).collect()
+    }
+
+    /// The teacher's activations on these sentences.
+    fn record(&self, batch: &Batch, ws: &mut Workspace) -> BTreeMap<At, Vec<f32>> {
         let spec = self.teacher.spec();
         let want = self.links.iter().flat_map(|l| l.teacher.iter().map(|t| l.at(*t))).collect();
         let mut record = Record { want, got: BTreeMap::new() };
         encode(&mut With { ops: &mut CpuOps::new(self.teacher, ws), hook: &mut record }, spec, batch);
-        let target = |l: &Link| {
-            let mut mean = record.got[&l.at(l.teacher[0])].clone();
-            l.teacher[1..].iter().for_each(|t| quetsch_kernels::math::add(&mut mean, &record.got[&l.at(*t)]));
-            mean.iter_mut().for_each(|v| *v /= l.teacher.len() as f32);
-            mean
-        };
-        self.links.iter().map(target).collect()
+        record.got
     }
 
     /// These sentences' share in the step's losses, and the gradient by the student's activations; that by the
@@ -244,19 +258,37 @@ impl Features<'_> {
         let batch = Batch::new(teacher, examples.iter().map(|e| &self.encodings[*e]))
             .map_err(|e| Error::invalid(format!("training examples {examples:?}, for the teacher: {e}")))?;
         let (mut sum, mut seeds) = (Losses::default(), vec![]);
-        for ((i, link), target) in self.links.iter().enumerate().zip(self.targets(&batch, ws)) {
+        let seen = self.record(&batch, ws);
+        for (i, link) in self.links.iter().enumerate() {
+            let parts: Vec<&[f32]> = link.teacher.iter().map(|t| &seen[&link.at(*t)][..]).collect();
+            let shares = shares(i, link, params);
+            let target = mixed(&parts, &shares);
             let node = taps.got[&link.at(link.student)];
             let x = tape.value(node);
             let part = token * link.share;
             let scale = part * link.weight;
             let (loss, d) = match link.compare {
-                Compare::Hidden(m) | Compare::Embeddings(m) => match link.projection(student, teacher) {
-                    None => rows(m, x, &target, x.len() / batch.tokens(), scale),
-                    Some((to, from)) => {
-                        let id = params.id(Tensor::Projection(i));
-                        projected(m, x, &target, (to, from), &params.data[id], scale, &mut grads.dense[id])
+                Compare::Hidden(m) | Compare::Embeddings(m) => {
+                    let width = target.len() / batch.tokens();
+                    let projection =
+                        link.projection(student, teacher).map(|shape| (shape, params.id(Tensor::Projection(i))));
+                    let y = match projection {
+                        None => Cow::Borrowed(x),
+                        Some((shape, id)) => project(x, &params.data[id], shape).into(),
+                    };
+                    let (loss, dy) = rows(m, &y, &target, width, scale);
+                    if link.weighted {
+                        // Distances are symmetric: the gradient by the target is that of its own distance from y.
+                        let (_, d) = rows(m, &target, &y, width, scale);
+                        let id = params.id(Tensor::LayerWeights(i));
+                        shares_back(&parts, &shares, &d, &mut grads.dense[id]);
                     }
-                },
+                    let dx = match projection {
+                        None => dy,
+                        Some((shape, id)) => project_back(x, &dy, &params.data[id], shape, &mut grads.dense[id]),
+                    };
+                    (loss, dx)
+                }
                 Compare::Attention | Compare::Relation(..) => {
                     let layer = (link.student, link.teacher[0]);
                     let (pairs, dims, of) = match link.compare {
@@ -288,27 +320,55 @@ pub fn rows(m: Measure, x: &[f32], target: &[f32], width: usize, scale: f32) -> 
     (rows.map(|((x, t), d)| m.add(x, t, scale, d)).sum(), d)
 }
 
-/// As [`rows`], of x W^T with W `[to, from]`; the gradient by W is added to `dw`, if that is wanted.
-fn projected(
-    m: Measure,
-    x: &[f32],
-    target: &[f32],
-    (to, from): (usize, usize),
-    w: &[f32],
-    scale: f32,
-    dw: &mut [f32],
-) -> (f64, Vec<f32>) {
+/// x W^T with W `[to, from]`.
+fn project(x: &[f32], w: &[f32], (to, from): (usize, usize)) -> Vec<f32> {
     let n = x.len() / from;
-    let (mut y, mut dx) = (vec![0.0; n * to], vec![0.0; x.len()]);
-    let (x, w) = (View::rows(x, from), View::rows(w, from));
-    gemm(Size { m: n, n: to, k: from }, 1.0, x, w.t(), &mut y, to, Write::Set);
-    let (loss, dy) = rows(m, &y, target, to, scale);
-    let dy = View::rows(&dy, to);
+    let mut y = vec![0.0; n * to];
+    gemm(Size { m: n, n: to, k: from }, 1.0, View::rows(x, from), View::rows(w, from).t(), &mut y, to, Write::Set);
+    y
+}
+
+/// The gradient by x of [`project`]; that by W is added to `dw`, if it is wanted.
+fn project_back(x: &[f32], dy: &[f32], w: &[f32], (to, from): (usize, usize), dw: &mut [f32]) -> Vec<f32> {
+    let n = x.len() / from;
+    let mut dx = vec![0.0; x.len()];
+    let dy = View::rows(dy, to);
     if !dw.is_empty() {
-        gemm(Size { m: to, n: from, k: n }, 1.0, dy.t(), x, dw, from, Write::Add);
+        gemm(Size { m: to, n: from, k: n }, 1.0, dy.t(), View::rows(x, from), dw, from, Write::Add);
     }
-    gemm(Size { m: n, n: from, k: to }, 1.0, dy, w, &mut dx, from, Write::Set);
-    (loss, dx)
+    gemm(Size { m: n, n: from, k: to }, 1.0, dy, View::rows(w, from), &mut dx, from, Write::Set);
+    dx
+}
+
+/// The weights of a link's teacher layers in its target: softmax(v), or all alike.
+fn shares(i: usize, link: &Link, params: &Params) -> Vec<f32> {
+    let n = link.teacher.len();
+    if !link.weighted {
+        return vec![1.0 / n as f32; n];
+    }
+    let mut shares = params.get(Tensor::LayerWeights(i)).to_vec();
+    softmax(&mut shares, n);
+    shares
+}
+
+/// The sum of the layers' activations with these weights.
+fn mixed(parts: &[&[f32]], shares: &[f32]) -> Vec<f32> {
+    let mut sum = vec![0.0; parts[0].len()];
+    for (part, share) in parts.iter().zip(shares) {
+        sum.iter_mut().zip(*part).for_each(|(s, v)| *s += share * v);
+    }
+    sum
+}
+
+/// Adds to `dv` the gradient by the logits v of the weights, given that by the mixture:
+/// d / dv_j = a_j (g_j - sum_k a_k g_k) with a = softmax(v) and g_j = <d, h_j>.
+fn shares_back(parts: &[&[f32]], shares: &[f32], d: &[f32], dv: &mut [f32]) {
+    let dot = |h: &&[f32]| h.iter().zip(d).map(|(h, d)| f64::from(h * d)).sum::<f64>();
+    let by_share: Vec<f64> = parts.iter().map(dot).collect();
+    let mean: f64 = by_share.iter().zip(shares).map(|(g, a)| g * f64::from(*a)).sum();
+    for ((dv, g), a) in dv.iter_mut().zip(by_share).zip(shares) {
+        *dv += a * (g - mean) as f32;
+    }
 }
 
 /// Queries, keys and values side by side, `[tokens, 3 * inner]`, and which two of the three (0, 1, 2) are compared

@@ -126,6 +126,8 @@ pub struct Fitted {
     pub steps: usize,
     /// Losses of the last step.
     pub last: Losses,
+    /// By layer of the student: learned weights of the teacher's layers, where there are any.
+    pub layer_weights: Vec<(usize, Vec<f32>)>,
 }
 
 /// Why a run did not finish.
@@ -294,8 +296,8 @@ pub fn fit(
     check(start, set, objective, settings)?;
     let s = settings;
     let mut params = Params::with(start, &s.freeze, s.precision, s.threads);
-    for (i, shape) in objective.features().map(|f| f.projections(&start.spec)).unwrap_or_default() {
-        params.add_projection(i, shape, s.seed);
+    if let Some(features) = objective.features() {
+        features.add_parameters(&mut params, s.seed);
     }
     if let Some(qat) = &s.quant {
         qat.deploy(start)?; // what cannot be quantised is known before the first step
@@ -317,6 +319,7 @@ pub fn fit(
                 checkpoint: deployed(&params, adamw.checkpoint(&params, start)?)?,
                 steps: adamw.step,
                 last: Losses::default(),
+                layer_weights: layer_weights(objective, &params),
             }),
         };
     }
@@ -393,13 +396,22 @@ pub fn fit(
         }
         match heard {
             ControlFlow::Continue(()) => {}
-            ControlFlow::Break(Stop::Enough) => return Ok(Fitted { checkpoint, steps: adamw.step, last }),
+            ControlFlow::Break(Stop::Enough) => {
+                let layer_weights = layer_weights(objective, &params);
+                return Ok(Fitted { checkpoint, steps: adamw.step, last, layer_weights });
+            }
             ControlFlow::Break(Stop::Interrupted) => {
                 return Err(FitError::Interrupted { step: adamw.step, steps });
             }
         }
     }
-    Ok(Fitted { checkpoint: deployed(&params, adamw.checkpoint(&params, start)?)?, steps, last })
+    let checkpoint = deployed(&params, adamw.checkpoint(&params, start)?)?;
+    Ok(Fitted { checkpoint, steps, last, layer_weights: layer_weights(objective, &params) })
+}
+
+/// What was learned about the teacher's layers.
+fn layer_weights(objective: &Objective, params: &Params) -> Vec<(usize, Vec<f32>)> {
+    objective.features().map_or(vec![], |f| f.layer_weights(params))
 }
 
 /// The checkpoint as the forward of training reads it.

@@ -5,10 +5,10 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// A layer of the student, and the layers of the teacher whose mean it learns from.
+/// A layer of the student, and the layers of the teacher whose mean (or learned mixture) it learns from.
 pub type Pair = (usize, Vec<usize>);
 
-/// A rule or a list. As text: `uniform`, `mean`, `last`, or student:teacher pairs such as `0:1,1:2+3`.
+/// A rule or a list. As text: `uniform`, `mean`, `weighted`, `last`, or student:teacher pairs such as `0:1,1:2+3`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum LayerMap {
@@ -17,6 +17,8 @@ pub enum LayerMap {
     Uniform,
     /// Layer i of S from the mean of the layers floor(i T / S) to floor((i + 1) T / S) - 1 of T.
     Mean,
+    /// Every layer from all layers of the teacher, each with a learned weight.
+    Weighted,
     /// The last from the last.
     Last,
     /// These.
@@ -36,6 +38,7 @@ impl LayerMap {
         let end = |i: usize| i * teacher / student;
         match self {
             LayerMap::Last => Ok(vec![(student - 1, vec![teacher - 1])]),
+            LayerMap::Weighted => Ok((0..student).map(|i| (i, (0..teacher).collect())).collect()),
             LayerMap::Uniform | LayerMap::Mean if student > teacher => bad(format!(
                 "the student has {student} layers, the teacher {teacher}: a {self} map needs a teacher at least as \
                  deep; list pairs (0:0,1:1) or use last"
@@ -72,9 +75,12 @@ impl FromStr for LayerMap {
         match text {
             "uniform" => Ok(LayerMap::Uniform),
             "mean" => Ok(LayerMap::Mean),
+            "weighted" => Ok(LayerMap::Weighted),
             "last" => Ok(LayerMap::Last),
             list => list.split(',').map(pair).collect::<Option<_>>().map(LayerMap::Pairs).ok_or_else(|| {
-                format!("`{text}` is none of uniform, mean, last, and no student:teacher pairs (0:1,1:2+3)")
+                format!(
+                    "`{text}` is none of uniform, mean, weighted, last, and no student:teacher pairs (0:1,1:2+3)"
+                )
             }),
         }
     }
@@ -86,6 +92,7 @@ impl fmt::Display for LayerMap {
         match self {
             LayerMap::Uniform => f.write_str("uniform"),
             LayerMap::Mean => f.write_str("mean"),
+            LayerMap::Weighted => f.write_str("weighted"),
             LayerMap::Last => f.write_str("last"),
             LayerMap::Pairs(p) => {
                 let pairs: Vec<String> = p.iter().map(|(s, t)| format!("{s}:{}", joined(t))).collect();
@@ -123,6 +130,8 @@ mod tests {
             ("mean", 2, 6, Some(vec![(0, vec![0, 1, 2]), (1, vec![3, 4, 5])])),
             ("mean", 4, 6, Some(vec![(0, vec![0]), (1, vec![1, 2]), (2, vec![3]), (3, vec![4, 5])])),
             ("mean", 3, 2, None),
+            ("weighted", 2, 3, Some(vec![(0, vec![0, 1, 2]), (1, vec![0, 1, 2])])),
+            ("weighted", 3, 1, one(&[(0, 0), (1, 0), (2, 0)])),
             ("last", 3, 6, one(&[(2, 5)])),
             ("last", 6, 2, one(&[(5, 1)])),
             ("last", 0, 2, None),

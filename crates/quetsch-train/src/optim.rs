@@ -17,7 +17,7 @@ use quetsch_kernels::{math, optim};
 pub struct Rates {
     /// Learning rate of the body, at this step.
     pub body: f32,
-    /// Learning rate of the head (its hidden layer and the classifier) and of projections, at this step.
+    /// Learning rate of the head (its hidden layer and the classifier), of projections and of layer weights, at this step.
     pub head: f32,
     /// Decoupled weight decay of matrices and tables.
     pub decay: f32,
@@ -47,7 +47,7 @@ const PIECE: usize = 1 << 18;
 fn is_head(d: &TensorDef) -> bool {
     match d.tensor {
         Tensor::W(s) | Tensor::B(s) => matches!(s, Lin::HeadDense | Lin::Classifier),
-        Tensor::Projection(_) => true,
+        Tensor::Projection(_) | Tensor::LayerWeights(_) => true,
         _ => false,
     }
 }

@@ -207,13 +207,22 @@ impl Params {
 
     /// Adds a projection `[to, from]`, random: it keeps the scale of what it maps.
     pub fn add_projection(&mut self, i: usize, (to, from): (usize, usize), seed: u64) {
-        let tensor = Tensor::Projection(i);
         let mut rng = Rng::new(key(&[seed, 0x9407, i as u64]));
+        let data = (0..to * from).map(|_| rng.normal() / (from as f32).sqrt()).collect();
+        self.add(Tensor::Projection(i), vec![to, from], Role::Weight, data);
+    }
+
+    /// Adds the weights of so many layers of a teacher, all alike at first. Weight decay would pull them back there.
+    pub fn add_layer_weights(&mut self, i: usize, layers: usize) {
+        self.add(Tensor::LayerWeights(i), vec![layers], Role::Bias, vec![0.0; layers]);
+    }
+
+    fn add(&mut self, tensor: Tensor, shape: Vec<usize>, role: Role, data: Vec<f32>) {
         self.index.insert(tensor, self.table.len());
-        let name = self.spec.name(tensor);
-        self.table.push(TensorDef { tensor, name, shape: vec![to, from], role: Role::Weight });
-        self.data.push((0..to * from).map(|_| rng.normal() / (from as f32).sqrt()).collect());
+        self.table.push(TensorDef { tensor, name: self.spec.name(tensor), shape, role });
+        self.data.push(data);
         self.trained.push(true);
+        self.quantised.push(None);
     }
 
     /// Row of the table.

@@ -125,7 +125,7 @@ impl Assigned {
             let bias = &table[part.b];
             tensors.push((bias.tensor, self.encode(part.b, bias.tensor, &data[part.b], part.rows)));
         }
-        let linear = Linear::pack(&Checkpoint::part(spec.clone(), tensors), &sites);
+        let linear = Linear::pack(&Checkpoint::part(spec.clone(), tensors), &sites, Compute::F32);
         (Site { linear, reads }, weights)
     }
 }

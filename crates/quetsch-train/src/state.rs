@@ -127,6 +127,11 @@ impl State<'_> {
         if updated.iter().any(|u| !(0.0..=step as f32).contains(u)) {
             return Err(bad(format!("{UPDATED}: a row is ahead of step {step}")));
         }
+        // The file's word for a size is not taken: what is there tells how much is allocated.
+        let held = tensors.tensor(HISTORY).map_err(|e| bad(format!("{HISTORY}: {e}")))?.data().len();
+        if step.checked_mul(8) != Some(held) {
+            return Err(bad(format!("{HISTORY}: {held} bytes, expected those of {step} steps")));
+        }
         let mut history = vec![[0.0; 2]; step];
         read(HISTORY, history.as_flattened_mut())?;
         let mut ranges = p.quant.as_ref().map(|q| q.qat.ranges.clone()).unwrap_or_default();

@@ -328,6 +328,18 @@ fn check_resumed(settings: &FitSettings) {
         let other = State { key: "other".into(), ..state(true) };
         let refused = fit(&ck, &set, &CE, settings, Some(&other), &mut |_| ControlFlow::Continue(()));
         assert!(refused.err().unwrap().to_string().contains("other inputs or settings"));
+        // A file that says it has taken 10^18 steps is not believed: nothing of that size is asked for.
+        let file = place.join("state.safetensors");
+        let bytes = std::fs::read(&file).unwrap();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let text = String::from_utf8(bytes[8..8 + header].to_vec()).unwrap();
+        let said = text.split("\"step\":\"").nth(1).and_then(|t| t.split('"').next()).unwrap();
+        let text = text.replace(&format!("\"step\":\"{said}\""), "\"step\":\"1000000000000000000\"");
+        std::fs::write(&file, [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &bytes[8 + header..]].concat())
+            .unwrap();
+        let refused = fit(&ck, &set, &CE, settings, Some(&state(true)), &mut |_| ControlFlow::Continue(()));
+        let refused = refused.err().unwrap().to_string();
+        assert!(refused.contains("history") && refused.contains("expected those of"), "{refused}");
     }
 }
 
@@ -493,6 +505,10 @@ fn all_links(student: &ModelSpec, teacher: &ModelSpec) -> Vec<Link> {
     let one = |s: usize, t: usize| (s, vec![t]);
     let hidden = [(0, vec![0, 1]), one(2, 2), one(2, 0)];
     let heads = student.head_dim.min(teacher.head_dim) / 2;
+    let weighted = |measure, s| {
+        let links = Link::of(Compare::Hidden(measure), &[(s, vec![0, 1, 2])], 0.9);
+        links.into_iter().map(|l| Link { weighted: true, ..l }).collect()
+    };
     [
         Link::of(Compare::Hidden(Measure::Mse), &hidden, 0.5),
         Link::of(Compare::Hidden(Measure::Cosine), &[one(1, 1)], 0.4),
@@ -500,6 +516,8 @@ fn all_links(student: &ModelSpec, teacher: &ModelSpec) -> Vec<Link> {
         Link::of(Compare::Attention, &[one(0, 0), one(2, 2)], 0.7),
         Link::of(Compare::Relation(Qkv::Query, heads), &[one(2, 0)], 0.6),
         Link::of(Compare::Relation(Qkv::Value, 1), &[one(2, 2), one(0, 2)], 0.8),
+        weighted(Measure::Mse, 1),
+        weighted(Measure::Cosine, 2),
     ]
     .concat()
 }
@@ -514,14 +532,14 @@ fn gradients_from_inside_are_finite_differences() {
         let (encodings, labels) = (sentences(5, 30, 9), labels(5));
         let logits = teacher.logits(&encodings, 1).unwrap();
         let links = all_links(&ck.spec, teacher.spec());
-        let features = Some(Features { teacher: &teacher, encodings: &encodings, links: &links });
+        let features = Features { teacher: &teacher, encodings: &encodings, links: &links };
         let soft = Soft {
             alpha: 0.4,
             temperature: 2.0,
             logits: &logits,
             logits_weight: 0.3,
             logits_loss: Measure::Cosine,
-            features,
+            features: Some(features),
             ..Soft::default()
         };
         let objective = Objective::Distill(
@@ -529,8 +547,14 @@ fn gradients_from_inside_are_finite_differences() {
             soft,
         );
         let mut params = Params::new(&ck, &[]);
-        if width != 24 {
-            (0..5).for_each(|i| params.add_projection(i, (width, 24), 3));
+        let model = params.table.len();
+        features.add_parameters(&mut params, 3);
+        // A projection for each of the seven links of hidden states and embeddings, weights for two.
+        assert_eq!(params.table.len() - model, if width == 24 { 2 } else { 9 });
+        for i in model..params.table.len() {
+            if let Tensor::LayerWeights(_) = params.table[i].tensor {
+                params.data[i] = vec![0.3, -0.8, 0.5];
+            }
         }
         let run = |params: &Params, team: &mut [Worker]| {
             let set = TrainSet::sentences(&encodings, &labels);
@@ -628,6 +652,7 @@ fn projections_learn_and_resume() {
     })
     .unwrap();
     assert!(means[5] < 0.9 * means[0], "{means:?}");
+    assert!(whole.layer_weights.is_empty());
     let stopped = fit(&ck, &set, &objective, &s, Some(&state), &mut |e| match e {
         Event::Step(p) if p.step == 13 => ControlFlow::Break(Stop::Interrupted),
         _ => ControlFlow::Continue(()),
@@ -637,7 +662,9 @@ fn projections_learn_and_resume() {
     assert_eq!(distance(&whole.checkpoint, &rest.checkpoint), 0.0);
 
     let link = |compare, s, t| Link::of(compare, &[(s, vec![t])], 1.0);
+    let weighted = |links: Vec<Link>| links.into_iter().map(|l| Link { weighted: true, ..l }).collect();
     let rows = [
+        (weighted(link(Compare::Attention, 0, 0)), &encodings, "no weights of layers"),
         (hidden(3, vec![2], 1.0), &encodings, "3:2"),
         (hidden(2, vec![], 1.0), &encodings, "no teacher layer"),
         (hidden(2, vec![2], f32::NAN), &encodings, "weight of Hidden"),
@@ -651,6 +678,63 @@ fn projections_learn_and_resume() {
         let objective = kd(Some(Features { teacher: &teacher, encodings, links }));
         let e = fit(&ck, &set, &objective, &s, None, &mut |_| ControlFlow::Continue(())).err().unwrap().to_string();
         assert!(e.contains(words), "{e}");
+    }
+}
+
+/// A student that is the teacher's layer 1 finds out which layer that is, and an interruption changes nothing.
+#[test]
+fn layer_weights_find_the_layer_and_resume() {
+    let ck = lively(uneven(HEADS[0]), 11);
+    let teacher = Model::pack(&ck);
+    let (encodings, labels) = (sentences(40, 30, 9), labels(40));
+    let logits = teacher.logits(&encodings, 1).unwrap();
+    let set = TrainSet::sentences(&encodings, &labels);
+    let link = Link::of(Compare::Hidden(Measure::Mse), &[(1, vec![0, 1, 2])], 1.0);
+    let links: Vec<Link> = link.into_iter().map(|l| Link { weighted: true, ..l }).collect();
+    let features = Some(Features { teacher: &teacher, encodings: &encodings, links: &links });
+    let soft = Soft { alpha: 0.0, temperature: 2.0, logits: &logits, features, ..Soft::default() };
+    let objective = Objective::Distill(Hard::default(), soft);
+    // The student stands still, its weights of layers move.
+    let s = FitSettings {
+        epochs: 6,
+        learning_rate: 0.0,
+        head_learning_rate: 0.2,
+        freeze: vec!["head".into(), "classifier".into(), "pooler".into()],
+        ..settings()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("state");
+    let state = State { dir: &place, every_steps: 0, resume: true, key: "k".into() };
+    let run = |state, stop: usize| {
+        fit(&ck, &set, &objective, &s, state, &mut |e| match e {
+            Event::Step(p) if p.step == stop => ControlFlow::Break(Stop::Interrupted),
+            _ => ControlFlow::Continue(()),
+        })
+    };
+    let whole = run(None, usize::MAX).unwrap();
+    assert_eq!(distance(&whole.checkpoint, &ck), 0.0);
+    let [(1, weights)] = &whole.layer_weights[..] else { panic!("{:?}", whole.layer_weights) };
+    assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6 && weights[1] > 0.8, "{weights:?}");
+    assert!(matches!(run(Some(&state), 13), Err(FitError::Interrupted { step: 13, .. })));
+    assert_eq!(run(Some(&state), usize::MAX).unwrap().layer_weights, whole.layer_weights);
+    // Equal weights are the mean, one that has all is that layer.
+    let hidden = |links: &[Link], logits_of_weights: Option<[f32; 3]>| {
+        let features = Features { teacher: &teacher, encodings: &encodings, links };
+        let objective = Objective::Distill(Hard::default(), Soft { features: Some(features), ..soft });
+        let mut params = Params::new(&ck, &[]);
+        features.add_parameters(&mut params, 1);
+        if let Some(v) = logits_of_weights {
+            let id = params.id(Tensor::LayerWeights(0));
+            params.data[id] = v.to_vec();
+        }
+        let params = &params;
+        let task = Task { params, set, objective, dropout: DROPOUT, seed: 5, masks: None, recompute: false };
+        gradients(&task, 3, &[0, 1, 2], 3, &mut Worker::team(params, 1)).unwrap().0.hidden
+    };
+    let one = |teacher: &[usize]| Link::of(Compare::Hidden(Measure::Mse), &[(1, teacher.to_vec())], 1.0);
+    for (v, plain) in [([0.0; 3], one(&[0, 1, 2])), ([0.0, 0.0, 90.0], one(&[2]))] {
+        let (weighted, plain) = (hidden(&links, Some(v)), hidden(&plain, None));
+        assert!(plain > 1e-3 && (weighted - plain).abs() < 1e-6 * plain, "{weighted} {plain}");
     }
 }
 
@@ -689,6 +773,12 @@ fn scores_are_those_of_single_examples() {
             (0..units).for_each(|v| close(found.fisher(at)[u * units + v] / 12.0, mean(&|row| row[u] * row[v])));
         }
         assert!(found.fisher(At::Context(1)).is_empty(), "a layer without heads");
+        // All sentences in one batch: the mean loss, and the layer's L2 norm as the unit.
+        let sample = Sample { batch_size: 12, batches: 1, seed: 1, threads };
+        let heads = mask_gradients(&ck, &set, &ce, sample, false).unwrap().scores(Criterion::Gradient).heads;
+        let whole: Vec<f64> = (0..units).map(|u| g.iter().map(|row| row[u]).sum::<f64>().abs()).collect();
+        let norm = whole.iter().map(|x| x * x).sum::<f64>().sqrt();
+        (0..units).for_each(|u| close(heads[0][u], whole[u] / norm));
     }
 }
 

@@ -127,7 +127,7 @@ fn integers_and_sums_are_those_of_the_format() {
     let Stored::Int8(w) = deployed(&ck, &q).get(Tensor::W(Lin::HeadDense)).clone() else { panic!("not int8") };
     let bias = ck.values(Tensor::B(Lin::HeadDense)).into_owned();
     let (mut codes, mut scale) = (vec![0; rows * int8::stride(k)], vec![0.0; rows]);
-    int8::quantise(&pooled, k, &mut codes, &mut scale);
+    int8::quantise(&pooled, k, int8::Range::Row, &mut codes, &mut scale);
     let mut params = Params::new(&ck, &[]);
     params.quantise(&q, 1).unwrap();
     let mut buffers = Buffers::default();

@@ -7,7 +7,7 @@ use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::error::{Error, Result};
 use crate::family::{Facts, Family, MODEL_TYPES};
 use crate::quant::{Compute, Scheme, int8};
-use crate::spec::{Activation, HeadSpec, LayerShape, Lin, ModelSpec, Norm, Role, Tensor, TensorDef};
+use crate::spec::{Activation, HeadSpec, LayerShape, Lin, MOST_HEADS, ModelSpec, Norm, Role, Tensor, TensorDef};
 use crate::task::Problem;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -98,8 +98,9 @@ impl Parser<'_> {
                     .bad(format!("{hidden_key} {hidden} is not a multiple of {heads_key} {original_heads}"));
             }
         };
-        let Ok(original_heads) = u16::try_from(original_heads) else {
-            return self.bad(format!("{heads_key} is {original_heads}, expected at most {}", u16::MAX));
+        // Before a list of them is made for each layer.
+        let Some(original_heads) = u16::try_from(original_heads).ok().filter(|n| *n <= MOST_HEADS) else {
+            return self.bad(format!("{heads_key} is {original_heads}, expected at most {MOST_HEADS}"));
         };
         let layers = self.layers(ours.as_ref(), &names, original_heads)?;
         let head = |labels| match kind {

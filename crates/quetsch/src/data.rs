@@ -7,7 +7,8 @@
 //!
 //! **Label order**, the first that applies:
 //! 1. names given by the caller, such as a model's `id2label`: other labels in the file are errors;
-//! 2. `categories.json`, a JSON list of names, in the folder of the file: likewise;
+//! 2. the names that a Parquet file of Hugging Face's `datasets` has for its label numbers (`ClassLabel`), else
+//!    `categories.json`, a JSON list of names, in the folder of the file: likewise;
 //! 3. labels that are all integers number the classes themselves: `LABEL_0`, `LABEL_1`, ... up to the largest;
 //! 4. first appearance in the file.
 //!
@@ -21,12 +22,17 @@
 //! (the tokenizer makes `[CLS] [SEP]` of it) and becomes a counted warning.
 
 mod examples;
+#[cfg(feature = "parquet")]
+mod parquet;
+#[cfg(not(feature = "parquet"))]
+#[path = "data/no_parquet.rs"]
+mod parquet;
 mod split;
 mod table;
 mod targets;
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub use examples::Examples;
 pub use split::{Overlap, overlap, split};
@@ -155,7 +161,34 @@ pub struct ReadOptions {
     pub separator: Option<String>,
 }
 
-/// Reads a labelled `.csv`, `.tsv` or `.jsonl` file.
+/// The files of a table: the one named, or for `train-*.parquet` all that the name fits, in their order.
+///
+/// # Errors
+/// No file fits.
+pub fn files(path: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
+    let path = path.as_ref();
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let Some((before, after)) = name.split_once('*').filter(|_| !path.exists()) else {
+        return Ok(vec![path.to_path_buf()]);
+    };
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+        let entry = entry.map_err(Error::io(folder))?;
+        let name = entry.file_name();
+        let rest = name.to_str().and_then(|name| name.strip_prefix(before));
+        if rest.is_some_and(|rest| rest.ends_with(after)) {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    match found.is_empty() {
+        true => Err(Error::file(path, "no file fits this name; `*` stands for any characters of the last part")),
+        false => Ok(found),
+    }
+}
+
+/// Reads a labelled `.csv`, `.tsv`, `.jsonl` or `.parquet` file.
 ///
 /// # Errors
 /// The file cannot be read, or something in it is not what it must be: the error names the line.
@@ -199,14 +232,14 @@ pub fn read(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Dataset> {
     Ok(dataset)
 }
 
-/// Sentences of words to predict: the lists of the words' column of a `.jsonl` file, else lines or texts cut at white
+/// Sentences of words to predict: the lists of the words' column of a `.jsonl` or `.parquet` file, else lines or texts cut at white
 /// space.
 ///
 /// # Errors
 /// As [`Texts::open`], or a list holds something else than words.
 pub fn read_words(path: Option<&Path>, text_col: Option<&str>) -> Result<Vec<Vec<String>>> {
-    let json = path.filter(|p| matches!(table::extension(p).as_str(), "jsonl" | "ndjson"));
-    if let Some(path) = json {
+    let listed = path.filter(|p| matches!(table::extension(p).as_str(), "jsonl" | "ndjson" | "parquet"));
+    if let Some(path) = listed {
         let table = Table::read(path)?;
         if text_col.is_some() || table.first_of(&TOKEN_COLUMNS).is_some() {
             let column = table.column(text_col, &TOKEN_COLUMNS, "text")?;

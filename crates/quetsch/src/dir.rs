@@ -33,6 +33,12 @@ pub struct ModelDir {
 
 /// The weights' file name.
 pub const WEIGHTS: &str = "model.safetensors";
+/// Which shard has which tensor, if there are several.
+pub const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
+/// The weights' file name in old directories; read only where there is none of the above.
+pub const PICKLE: &str = "pytorch_model.bin";
+/// Its index.
+pub const PICKLE_INDEX: &str = "pytorch_model.bin.index.json";
 
 /// Files that belong to the tokenizer.
 pub const TOKENIZER_FILES: [&str; 8] = [

@@ -6,14 +6,17 @@
 //! L1 or L2; Li et al. 2017) or from outside, such as gradients of a head mask (Michel et al. 2019). [`plan`] is pure
 //! and its [`Plan`] can be printed, stored and edited; [`apply`] only slices.
 //!
-//! [`search`] fills a budget with heads and channels together, [`tune`] fits what is left to what was there.
+//! [`search()`] fills a budget with heads and channels together ([`search_latency`]: one of measured time), [`tune`] fits
+//! what is left to what was there.
 //!
 //! The law that proves the surgery: *masking the groups ([`masks`]), then forward == applying the plan, then forward*.
 
 mod apply;
 mod budget;
 mod calibrate;
+mod diff;
 mod groups;
+mod latency;
 mod plan;
 mod scores;
 mod search;
@@ -22,6 +25,8 @@ mod sparse;
 pub use apply::{apply, dense, keep_layers};
 pub use budget::{Amount, Budget, ByLayer, Cut, Scope};
 pub use calibrate::{Tune, activation, tune};
+pub use diff::{PlanDiff, Removed, diff};
+pub use latency::{LatencyTable, TABLE_VERSION, Timing, measure as measure_latency, search_latency};
 pub use plan::{Parent, ParentLayer, Plan, VERSION, fingerprint, masks, plan};
 pub use scores::{Magnitude, Scores, magnitude};
 pub use search::{Costs, Keep, rearrange, search};

@@ -17,13 +17,15 @@ use crate::checkpoint::Checkpoint;
 use crate::dir::Source;
 use crate::error::{Error, Result};
 use crate::ops::{Inspect, Ops, forward};
+use crate::quant::Compute;
 use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
 use crate::task::Units;
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
+use quetsch_kernels::int8::{self, Range};
 use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::window::Window;
-use quetsch_kernels::{attention, int8, norm, rows};
+use quetsch_kernels::{attention, norm, rows};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -54,7 +56,13 @@ pub struct Model {
 impl Model {
     /// Packs a checkpoint in memory. The unused pooler is left out.
     pub fn pack(ck: &Checkpoint) -> Model {
-        let Ok(model) = Model::build(&ck.spec, Words::copy(ck), |_| Ok::<_, Infallible>(Cow::Borrowed(ck)));
+        Model::pack_for(ck, Compute::F32)
+    }
+
+    /// As [`Model::pack`]; linears with float weights compute in `floats`.
+    pub fn pack_for(ck: &Checkpoint, floats: Compute) -> Model {
+        let part = |_: &[Tensor]| Ok::<_, Infallible>(Cow::Borrowed(ck));
+        let Ok(model) = Model::build(&ck.spec, Words::copy(ck), floats, part);
         model
     }
 
@@ -63,10 +71,18 @@ impl Model {
     ///
     /// # Errors
     /// Everything that is wrong with the tensors.
-    pub fn load(mut source: Source) -> Result<Model> {
+    pub fn load(source: Source) -> Result<Model> {
+        Model::load_for(source, Compute::F32)
+    }
+
+    /// As [`Model::load`]; linears with float weights compute in `floats`.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_for(mut source: Source, floats: Compute) -> Result<Model> {
         let words = Words::open(&mut source)?;
         let spec = source.spec().clone();
-        let model = Model::build(&spec, words, |tensors| source.part(tensors).map(Cow::Owned))?;
+        let model = Model::build(&spec, words, floats, |tensors| source.part(tensors).map(Cow::Owned))?;
         if spec.unused_pooler {
             source.part(&[Tensor::W(Lin::UnusedPooler), Tensor::B(Lin::UnusedPooler)])?;
         }
@@ -78,6 +94,7 @@ impl Model {
     fn build<'c, E>(
         spec: &ModelSpec,
         words: Words,
+        floats: Compute,
         mut part: impl FnMut(&[Tensor]) -> Outcome<Cow<'c, Checkpoint>, E>,
     ) -> Outcome<Model, E> {
         let mut table = |t: Tensor| Ok(part(&[t])?.values(t).into_owned());
@@ -89,7 +106,7 @@ impl Model {
         let token_type = if spec.token_types > 0 { table(Tensor::TokenType)? } else { vec![] };
         let mut pack = |sites: &[Lin]| {
             let tensors: Vec<_> = sites.iter().flat_map(|s| [Tensor::W(*s), Tensor::B(*s)]).collect();
-            Ok(Linear::pack(&*part(&tensors)?, sites))
+            Ok(Linear::pack(&*part(&tensors)?, sites, floats))
         };
         let layers = 0..spec.layers.len();
         let qkv = layers.map(|l| pack(&[Lin::Query(l), Lin::Key(l), Lin::Value(l)])).collect::<Outcome<_, E>>()?;
@@ -208,21 +225,14 @@ impl Workspace {
     }
 
     /// Room for `[rows, k]` as int8.
-    fn int8(&mut self, rows: usize, k: usize) -> Int8 {
-        Int8 { rows, k, q: self.bytes(rows * int8::stride(k)), scale: self.floats(rows) }
+    fn int8(&mut self, rows: usize, k: usize, range: Range) -> Int8 {
+        Int8 { rows, k, range, q: self.bytes(rows * int8::stride(k)), scale: self.floats(rows) }
     }
 
-    fn quantise(&mut self, team: &Team, values: &[f32], rows: usize, k: usize) -> Int8 {
-        let mut x = self.int8(rows, k);
+    fn quantise(&mut self, team: &Team, values: &[f32], rows: usize, k: usize, range: Range) -> Int8 {
+        let mut x = self.int8(rows, k, range);
         let (q, scale) = x.parts();
-        split::quantise(team, values, k, q, scale);
-        x
-    }
-
-    fn quantise_static(&mut self, values: &[f32], rows: usize, k: usize, absmax: f32) -> Int8 {
-        let mut x = self.int8(rows, k);
-        let (q, scale) = x.parts();
-        int8::quantise_static(values, k, absmax, q, scale);
+        split::quantise(team, values, k, range, q, scale);
         x
     }
 
@@ -236,6 +246,7 @@ impl Workspace {
 pub(super) struct Int8 {
     rows: usize,
     k: usize,
+    range: Range,
     q: Vec<i8>,
     scale: Vec<f32>,
 }
@@ -289,7 +300,7 @@ impl<'a> CpuOps<'a> {
         let mut values = self.ws.floats(rows * width);
         let input = Input {
             values: &x.values[..rows * x.width],
-            int8: x.int8.as_ref().map(Int8::rows),
+            int8: x.int8.as_ref().map(|x| (x.rows(), x.range)),
             rows,
             starts: &self.starts,
         };
@@ -299,8 +310,8 @@ impl<'a> CpuOps<'a> {
 
     /// An activation, quantised where its reader wants integers.
     fn finish(&mut self, rows: usize, width: usize, values: Vec<f32>, reader: Option<&Linear>) -> Act {
-        let wanted = reader.is_some_and(Linear::reads_int8);
-        let int8 = wanted.then(|| self.ws.quantise(self.team, &values[..rows * width], rows, width));
+        let wanted = reader.and_then(Linear::reads_int8);
+        let int8 = wanted.map(|range| self.ws.quantise(self.team, &values[..rows * width], rows, width, range));
         Act { rows, width, values, int8 }
     }
 
@@ -308,13 +319,11 @@ impl<'a> CpuOps<'a> {
     fn normalise(&mut self, site: Norm, mut x: Act, residual: &[f32]) -> Act {
         let model = self.model;
         let (gamma, beta) = &model.norms[&site];
-        if model.reader(site).is_some_and(Linear::reads_int8) {
-            x.int8 = Some(self.ws.int8(x.rows, x.width));
-        }
+        x.int8 = model.reader(site).and_then(Linear::reads_int8).map(|range| self.ws.int8(x.rows, x.width, range));
         let share = split::rows(self.team, x.rows, x.width);
         let mut int8 = x.int8.as_mut().map(|x| {
-            let (step, (q, scale)) = (int8::stride(x.k), x.parts());
-            q.chunks_mut(share * step).zip(scale.chunks_mut(share))
+            let (step, range, (q, scale)) = (int8::stride(x.k), x.range, x.parts());
+            q.chunks_mut(share * step).zip(scale.chunks_mut(share)).map(move |(q, scale)| (range, q, scale))
         });
         let pieces = x.values[..x.rows * x.width].chunks_mut(share * x.width).enumerate().map(|(i, x)| {
             let first = i * share * gamma.len();
@@ -358,7 +367,7 @@ impl Ops for CpuOps<'_> {
         let mut values = self.ws.floats(rows * width);
         let context = Window::new(&mut values, rows, width, width);
         let macs = 2 * heads.dim * heads.probs_len(&batch.starts);
-        let pieces = split::columns(self.team, context, macs, heads.dim);
+        let pieces = split::columns(self.team, context, macs, split::ATTENTION, heads.dim);
         let mut scratch = split::buffers(self.ws, pieces.len(), heads.scratch_len(longest));
         let pieces = pieces.into_iter().zip(&mut scratch).collect();
         self.team.each(pieces, |((first, context), scratch)| {
@@ -415,8 +424,9 @@ impl Inspect for CpuOps<'_> {
         let values = &mut x.values[..x.rows * x.width];
         rows::scale_columns(values, x.width, scale);
         if let Some(int8) = &mut x.int8 {
+            let range = int8.range;
             let (q, row_scale) = int8.parts();
-            int8::quantise(values, x.width, q, row_scale);
+            int8::quantise(values, x.width, range, q, row_scale);
         }
         x
     }

@@ -61,6 +61,9 @@ impl HeadSpec {
     }
 }
 
+/// Attention heads of a layer that a model may have.
+pub const MOST_HEADS: u16 = 1 << 12;
+
 /// The shape of a whole model: everything that decides which tensors exist and how the forward runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
@@ -198,6 +201,8 @@ pub enum Tensor {
     B(Lin),
     /// Of training alone, in no model's table: maps a student's activations to its teacher's width. `[to, from]`
     Projection(usize),
+    /// Of training alone: logits of the weights of a teacher's layers in what a student's layer learns. `[layers]`
+    LayerWeights(usize),
 }
 
 /// What a tensor is for.
@@ -341,6 +346,7 @@ impl ModelSpec {
             Tensor::W(s) => format!("{}.weight", self.module(s)),
             Tensor::B(s) => format!("{}.bias", self.module(s)),
             Tensor::Projection(i) => format!("projection.{i}.weight"),
+            Tensor::LayerWeights(i) => format!("layer_weights.{i}"),
         }
     }
 
@@ -391,7 +397,7 @@ impl ModelSpec {
             ("hidden_size", self.hidden, 1 << 16),
             ("embedding_size", self.embedding(), 1 << 16),
             ("head_dim", self.head_dim, 1 << 12),
-            ("num_attention_heads", self.original_heads as usize, 1 << 12),
+            ("num_attention_heads", self.original_heads as usize, MOST_HEADS as usize),
         ];
         for (name, value, limit) in sizes {
             if value == 0 || value > limit {

@@ -4,8 +4,10 @@
 
 use crate::batch::Encoding;
 use crate::error::{Error, Result};
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use tokenizers::models::wordpiece::{WordPiece, WordPieceTrainer};
 use tokenizers::normalizers::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
@@ -44,6 +46,18 @@ fn invalid(what: &str) -> impl FnOnce(tokenizers::Error) -> Error {
     move |e| Error::invalid(format!("{what}: {e}"))
 }
 
+/// A call of the tokenizers library, which panics on some of what it cannot use (a decoder of no known kind, a damaged
+/// table of characters): then the tokenizer's files are wrong as well.
+fn call<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    // What f changes is not used after a panic: it is an error of the whole call.
+    let done = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| {
+        Err("the tokenizers library cannot use it; write it again with \
+             AutoTokenizer.from_pretrained(..).save_pretrained(..)"
+            .into())
+    });
+    done.map_err(invalid(what))
+}
+
 impl Tokenizer {
     /// From `tokenizer.json`, else from `vocab.txt` and, where it is there, `tokenizer_config.json`.
     ///
@@ -51,7 +65,11 @@ impl Tokenizer {
     /// Neither is there, or it cannot be read.
     pub fn new(files: &TokenizerFiles) -> Result<Tokenizer> {
         let mut inner = match (files.files.get("tokenizer.json"), files.files.get("vocab.txt")) {
-            (Some(json), _) => tokenizers::Tokenizer::from_bytes(json).map_err(invalid("tokenizer.json"))?,
+            (Some(json), _) => {
+                serde_json::from_slice::<IgnoredAny>(json)
+                    .map_err(|e| Error::invalid(format!("tokenizer.json: not JSON: {e}")))?;
+                call("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?
+            }
             (None, Some(vocab)) => bert(vocab, &BertOptions::read(files)?)?,
             (None, None) => {
                 return Err(Error::invalid(
@@ -61,7 +79,8 @@ impl Tokenizer {
                 ));
             }
         };
-        inner.with_truncation(None).map_err(invalid("tokenizer"))?.with_padding(None);
+        call("tokenizer", || inner.with_truncation(None).map(|_| ()))?;
+        inner.with_padding(None);
         Ok(Tokenizer { inner })
     }
 
@@ -102,9 +121,11 @@ impl Tokenizer {
     pub fn encode_words(&self, words: &[String], max_length: usize) -> Result<(Encoding, Vec<Option<u32>>)> {
         let special = self.room_for_special(false, max_length)?;
         let cut = TruncationParams { max_length: max_length - special, ..TruncationParams::default() };
-        let plain = self.inner.encode(EncodeInput::from(words), false).map_err(invalid("tokenizer"))?;
-        let (plain, _) = truncate_encodings(plain, None, &cut).map_err(invalid("tokenizer"))?;
-        let e = self.inner.post_process(plain, None, true).map_err(invalid("tokenizer"))?;
+        let e = call("tokenizer", || {
+            let plain = self.inner.encode(EncodeInput::from(words), false)?;
+            let (plain, _) = truncate_encodings(plain, None, &cut)?;
+            self.inner.post_process(plain, None, true)
+        })?;
         let mut first = vec![None; words.len()];
         for (token, word) in (0..).zip(e.get_word_ids()) {
             if let Some(place) = word.and_then(|w| first.get_mut(w as usize)) {
@@ -151,8 +172,11 @@ impl Tokenizer {
         let plain = |text| self.beginning(text, enough);
         let cut = TruncationParams { max_length: max_length - special, direction, ..TruncationParams::default() };
         let pair = b.map(plain).transpose()?;
-        let (a, b) = truncate_encodings(plain(a)?, pair, &cut).map_err(invalid("tokenizer"))?;
-        let e = self.inner.post_process(a, b, true).map_err(invalid("tokenizer"))?;
+        let a = plain(a)?;
+        let e = call("tokenizer", || {
+            let (a, b) = truncate_encodings(a, pair, &cut)?;
+            self.inner.post_process(a, b, true)
+        })?;
         let types = e.get_type_ids();
         let types = if types.iter().all(|&t| t == 0) { vec![] } else { types.to_vec() };
         Ok(Encoding { ids: e.get_ids().to_vec(), types })
@@ -165,8 +189,7 @@ impl Tokenizer {
     fn beginning(&self, text: &str, enough: usize) -> Result<tokenizers::Encoding> {
         const LONG: usize = 1 << 14; // bytes
         const LAST_FEW: usize = 16;
-        let encode =
-            |text: &str| self.inner.encode_fast(EncodeInput::from(text), false).map_err(invalid("tokenizer"));
+        let encode = |text: &str| call("tokenizer", || self.inner.encode_fast(EncodeInput::from(text), false));
         let mut size = LONG;
         while size < text.len() && enough < usize::MAX {
             let cut = text.char_indices().skip_while(|(i, _)| *i < size).find(|(_, c)| c.is_whitespace());
@@ -227,11 +250,11 @@ impl Tokenizer {
 
     /// What the post-processor does to one and two texts: `BertProcessing` and `TemplateProcessing` can say the same.
     fn special_layout(&self) -> Value {
-        let probe = || self.inner.encode_fast("a", false).unwrap_or_default();
+        let probe = || call("tokenizer", || self.inner.encode_fast("a", false)).unwrap_or_default();
         [None, Some(probe())]
             .into_iter()
             .map(|pair| {
-                let e = self.inner.post_process(probe(), pair, true).unwrap_or_default();
+                let e = call("tokenizer", || self.inner.post_process(probe(), pair, true)).unwrap_or_default();
                 json!([e.get_ids(), e.get_type_ids()])
             })
             .collect()

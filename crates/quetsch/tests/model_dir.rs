@@ -6,9 +6,11 @@ use proptest::prelude::*;
 use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::config;
 use quetsch::dir::{self, ModelDir};
-use quetsch::quant::quantise;
+use quetsch::quant::{Scheme, quantise, quantise_calibrated};
+use quetsch::runtime::Model;
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec, RobertaLike, Tensor};
 use quetsch::tokenizer::TokenizerFiles;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -252,6 +254,14 @@ fn configs_that_are_refused() {
     let stale = json!({"version": 1, "layers": vec![json!({"heads": [0], "ffn": 48}); 3]});
     let e = with_config(|c| drop(c.insert("quetsch".into(), stale))).unwrap_err().to_string();
     assert!(e.contains("layer 0: key `quetsch` keeps heads [0]"), "{e}");
+    // Refused before 1,024 lists of 65,535 heads are made.
+    let crowded = with_config(|c| {
+        c.insert("quetsch".into(), json!({"version": 1, "head_dim": 1}));
+        c.insert("num_attention_heads".into(), json!(65535));
+        c.insert("num_hidden_layers".into(), json!(1024));
+    });
+    let e = crowded.unwrap_err().to_string();
+    assert!(e.contains("num_attention_heads is 65535, expected at most 4096"), "{e}");
 }
 
 #[test]
@@ -365,71 +375,134 @@ fn old_pytorch_files_are_read_as_safetensors_are() {
     }
 }
 
-/// Entries of quantised tensors that do not fit together: each is an error that names the entry, none a panic.
+/// Entries of quantised tensors that do not fit together: each is an error that names file, entry, what was expected and
+/// what was found; none a panic.
 #[test]
 fn hostile_quantised_entries_are_named() {
-    let temporary = tempfile::tempdir().unwrap();
-    let here = temporary.path();
+    /// What becomes of an entry.
+    enum Edit {
+        /// Of its text (a quant_state), the first such part.
+        Text(&'static str, &'static str),
+        /// Its content, as the same type.
+        Bytes(Vec<u8>),
+        /// Its first element.
+        First(f32),
+        /// Its type, of as many bytes an element.
+        Type(Dtype),
+        Gone,
+    }
+    use Edit::{Bytes, First, Gone, Text, Type};
     const WEIGHT: &str = "backbone.encoder.layer.0.intermediate.dense.weight";
-    let state = format!("{WEIGHT}.quant_state.bitsandbytes__nf4");
-    let json = |from: &str, to: &str| (state.clone(), Edit::Text(from.into(), to.into()));
+    const SCB: &str = "backbone.encoder.layer.0.intermediate.dense.SCB";
+    const OFFSET: &str = "\"nested_offset\": 0.7853837013244629";
+    const RANGE: &str = "backbone.encoder.layer.0.intermediate.dense.input_absmax";
+    let beside = |what: &str| format!("{WEIGHT}.{what}");
+    let state = || beside("quant_state.bitsandbytes__nf4");
     let floats = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-    let table = [
-        ("nf4", json("{", "["), "quant_state"),
-        ("nf4", json("\"blocksize\": 64", "\"blocksize\": 0"), "blocksize is 0"),
-        ("nf4", json("\"blocksize\": 64", "\"blocksize\": 32"), "absmax: expected shape"),
-        ("nf4", json("\"blocksize\": 64", "\"blocksize\": -1"), "quant_state"),
-        ("nf4", json("float32\", \"shape", "float8\", \"shape"), "dtype"),
-        ("nf4", json("\"quant_type\": \"nf4\"", "\"quant_type\": \"int4\""), "quant_type"),
-        ("nf4", json("\"nested_blocksize\": 256", "\"nested_blocksize\": 0"), "nested_blocksize"),
-        ("nf4", json("\"nested_offset\": ", "\"nested_offset\": 1e999, \"x\": "), "quant_state"),
-        ("nf4", (format!("{WEIGHT}.absmax"), Edit::Bytes(vec![5])), "absmax: expected shape"),
+    // Model, entry, edit, what the error says.
+    let table: [(&str, String, Edit, &str); 38] = [
+        ("nf4", state(), Text("{", "["), "expected"),
+        ("nf4", state(), Bytes(vec![]), "EOF"),
+        ("nf4", state(), Bytes(vec![0xff, b'{']), "expected value"),
+        ("nf4", state(), Gone, "missing"),
+        ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 0"), "blocksize is 0, expected 64"),
+        ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 32"), "absmax: expected shape [48], found [24]"),
+        ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 65537"), "blocksize is 65537, expected 64"),
+        ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": -1"), "invalid value: integer `-1`"),
+        ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 1e99"), "expected usize"),
+        ("nf4", state(), Text("\"blocksize\": 64, ", ""), "missing field `blocksize`"),
+        ("nf4", state(), Text("\"shape\": [48", "\"shape\": [47"), "expected shape [48, 32], found [47, 32]"),
         (
             "nf4",
-            (format!("{WEIGHT}.nested_absmax"), Edit::Bytes(floats(&[f32::NAN]))),
-            "nested_absmax: element 0 is NaN",
+            state(),
+            Text("\"shape\": [48", "\"shape\": [18446744073709551615"),
+            "expected shape [48, 32], found [18446744073709551615, 32]",
         ),
-        ("nf4", (WEIGHT.to_owned(), Edit::Bytes(vec![0; 3])), "packed bytes"),
-        ("int8", (SCB.to_owned(), Edit::First(f32::NAN)), "element 0 is NaN"),
-        ("int8", (SCB.to_owned(), Edit::First(-1.0)), "row 0 is -1"),
-        ("int8", (SCB.to_owned(), Edit::Bytes(floats(&[1.0]))), "SCB: expected shape"),
+        ("nf4", state(), Text("float32\", \"shape", "float8\", \"shape"), "dtype is \"float8\", expected"),
+        (
+            "nf4",
+            state(),
+            Text("\"quant_type\": \"nf4\"", "\"quant_type\": \"int4\""),
+            "quant_type is \"int4\", expected",
+        ),
+        (
+            "nf4",
+            state(),
+            Text("\"nested_blocksize\": 256", "\"nested_blocksize\": 0"),
+            "nested_blocksize is 0, expected",
+        ),
+        ("nf4", state(), Text("\"nested_dtype\": \"float32\"", "\"nested_dtype\": \"int8\""), "nested_dtype is"),
+        ("nf4", state(), Text(OFFSET, "\"nested_offset\": 1e999"), "number out of range"),
+        ("nf4", state(), Text(OFFSET, "\"nested_offset\": 1e39"), "nested_offset is"),
+        ("nf4", state(), Text(OFFSET, "\"nested_offset\": null"), "nested_offset is None"),
+        ("nf4", beside("absmax"), Bytes(vec![5]), "absmax: expected shape [24], found [1]"),
+        ("nf4", beside("absmax"), Type(Dtype::I8), "absmax: type I8 with nested_blocksize Some(256), expected"),
+        ("nf4", beside("absmax"), Gone, "absmax"),
+        ("nf4", beside("nested_absmax"), First(f32::NAN), "nested_absmax: element 0 is NaN"),
+        ("nf4", beside("nested_absmax"), Bytes(floats(&[1.0; 2])), "nested_absmax: expected shape [1], found [2]"),
+        ("nf4", beside("quant_map"), First(f32::INFINITY), "quant_map: element 0 is inf"),
+        ("nf4", beside("quant_map"), Bytes(floats(&[0.5; 15])), "quant_map: expected shape [16], found [15]"),
+        ("nf4", WEIGHT.into(), Bytes(vec![0; 3]), "3 packed bytes, expected 768"),
+        ("nf4", WEIGHT.into(), Type(Dtype::BOOL), "type BOOL, expected F32, F16, BF16, I8 or U8"),
+        ("nf4_single", beside("absmax"), First(f32::NAN), "absmax: element 0 is NaN"),
+        (
+            "nf4_single",
+            beside("absmax"),
+            Type(Dtype::I32),
+            "absmax: type I32 with nested_blocksize None, expected F32",
+        ),
+        ("int8", SCB.into(), First(f32::NAN), "SCB: element 0 is NaN"),
+        ("int8", SCB.into(), First(f32::INFINITY), "SCB: element 0 is inf"),
+        ("int8", SCB.into(), First(-1.0), "SCB: row 0 is -1, expected 0 or more"),
+        ("int8", SCB.into(), Bytes(floats(&[1.0])), "SCB: expected shape [48], found [1]"),
+        ("int8", SCB.into(), Type(Dtype::I32), "SCB: type I32, expected F32"),
+        ("static", RANGE.into(), First(f32::NAN), "input_absmax: element 0 is NaN"),
+        ("static", RANGE.into(), First(-2.0), "input_absmax: is -2, expected 0 or more"),
+        ("static", RANGE.into(), Gone, "missing backbone.encoder.layer.0.intermediate.dense.input_absmax [1]"),
     ];
-    const SCB: &str = "backbone.encoder.layer.0.intermediate.dense.SCB";
-    enum Edit {
-        Text(String, String),
-        Bytes(Vec<u8>),
-        First(f32),
-    }
-    for (scheme, (name, edit), expected) in table {
-        let folder = fixture(&format!("bnb/{scheme}"));
+    let temporary = tempfile::tempdir().unwrap();
+    let here = temporary.path();
+    let calibrated = here.join("static");
+    let ck = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let ranges = ck.spec.linears().into_iter().map(|(lin, ..)| (lin, 3.0)).collect();
+    write(&calibrated, &quantise_calibrated(&ck, &[("*".into(), Scheme::Int8Static)], &[], &ranges).unwrap());
+    for (model, name, edit, expected) in table {
+        let folder = if model == "static" { calibrated.clone() } else { fixture("bnb").join(model) };
         fs::copy(folder.join("config.json"), here.join("config.json")).unwrap();
         let file = fs::read(folder.join("model.safetensors")).unwrap();
-        let read = safetensors::SafeTensors::deserialize(&file).unwrap();
-        let tensors = read.iter().map(|(n, t)| (n.to_owned(), t.dtype(), t.shape().to_vec(), t.data().to_vec()));
-        let tensors = tensors.map(|(n, dtype, shape, data)| {
-            if n != name {
-                return (n, dtype, shape, data);
+        let read = SafeTensors::deserialize(&file).unwrap();
+        let mut tensors: Vec<_> =
+            read.iter().map(|(n, t)| (n.to_owned(), t.dtype(), t.shape().to_vec(), t.data().to_vec())).collect();
+        let place =
+            tensors.iter().position(|(n, ..)| *n == name).unwrap_or_else(|| panic!("{model} has no {name}"));
+        let (_, dtype, _, data) = &mut tensors[place];
+        match edit {
+            Text(from, to) => {
+                let text = String::from_utf8(data.clone()).unwrap();
+                assert!(text.contains(from), "{text} has no {from}");
+                *data = text.replacen(from, to, 1).into_bytes();
             }
-            let data = match &edit {
-                Edit::Text(from, to) => {
-                    let text = String::from_utf8(data).unwrap();
-                    assert!(text.contains(from.as_str()), "{text} has no {from}");
-                    text.replacen(from.as_str(), to, 1).into_bytes()
-                }
-                Edit::Bytes(bytes) => bytes.clone(),
-                Edit::First(x) => [&x.to_le_bytes()[..], &data[4..]].concat(),
-            };
-            let width = dtype.bitsize() / 8;
-            let shape = if shape.len() > 1 { vec![data.len() / width, 1] } else { vec![data.len() / width] };
-            (n, dtype, shape, data)
-        });
-        let tensors: Vec<_> = tensors.collect();
-        let views = tensors.iter().map(|(n, dtype, shape, data)| {
-            (n.as_str(), safetensors::tensor::TensorView::new(*dtype, shape.clone(), data).unwrap())
-        });
+            Bytes(bytes) => *data = bytes,
+            First(x) => data[..4].copy_from_slice(&x.to_le_bytes()),
+            Type(other) => *dtype = other,
+            Gone => drop(tensors.remove(place)),
+        }
+        if let Some((_, dtype, shape, data)) = tensors.get_mut(place).filter(|(n, ..)| *n == name) {
+            let elements = data.len() / (dtype.bitsize() / 8);
+            if shape.iter().product::<usize>() != elements {
+                *shape = if shape.len() > 1 { vec![elements, 1] } else { vec![elements] };
+            }
+        }
+        let views = tensors
+            .iter()
+            .map(|(n, dtype, shape, data)| (n.as_str(), TensorView::new(*dtype, shape.clone(), data).unwrap()));
         fs::write(here.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
         let error = dir::read_checkpoint(here).unwrap_err().to_string();
-        assert!(error.contains(expected) && error.contains("intermediate.dense"), "{error}, expected {expected}");
+        for part in [expected, "layer.0.intermediate.dense", &here.display().to_string()] {
+            assert!(error.contains(part), "{model} {name}: {error}\nexpected {part}");
+        }
+        let loaded = dir::Source::open(here).and_then(Model::load).err().unwrap().to_string();
+        assert_eq!(loaded, error, "loaded tensor by tensor");
     }
 }
 

@@ -6,7 +6,7 @@ mod reference;
 
 use proptest::prelude::*;
 use quetsch::batch::{Batch, Encoding};
-use quetsch::quant::quantise;
+use quetsch::quant::{Compute, quantise};
 use quetsch::rng::Rng;
 use quetsch::runtime::{Model, Session, Team, Workspace};
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
@@ -52,12 +52,12 @@ proptest! {
     fn an_answer_does_not_depend_on_the_number_of_threads(
         spec in specs(), lengths in prop::collection::vec(1..100usize, 1..4), seed in any::<u64>(),
         schemes in prop::sample::subsequence(vec!["query", "value", "attention_out", "ffn_up", "ffn_down"], 0..5),
-        first in 0..SCHEMES.len(),
+        first in 0..SCHEMES.len(), floats in prop::sample::select(vec![Compute::F32, Compute::Bf16]),
     ) {
         let rules: Vec<_> = schemes.iter().enumerate().map(|(i, site)| {
             (format!("layer.*.{site}"), SCHEMES[(first + i) % SCHEMES.len()].parse().unwrap())
         }).collect();
-        let model = Model::pack(&quantise(&lively(spec, seed), &rules, &[]).unwrap());
+        let model = Model::pack_for(&quantise(&lively(spec, seed), &rules, &[]).unwrap(), floats);
         let batch = Batch::new(model.spec(), &sentences(&lengths, seed)).unwrap();
         let bits = |threads: usize| -> Vec<u32> {
             let (team, mut ws) = (Team::new(threads), Workspace::default());

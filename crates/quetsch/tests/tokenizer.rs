@@ -5,7 +5,7 @@
 use quetsch::batch::Encoding;
 use quetsch::dir;
 use quetsch::tokenizer::{Tokenizer, TokenizerFiles, train_wordpiece};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 
 fn fixture(name: &str) -> PathBuf {
@@ -105,6 +105,18 @@ fn broken_tokenizers_are_clear_errors() {
         let e = Tokenizer::new(&files).err().unwrap().to_string();
         assert!(e.contains(message), "{e}");
     }
+    // What the tokenizers library panics on: a decoder that ends early, a table of characters that is none.
+    let json =
+        String::from_utf8(dir::read_tokenizer(fixture("tiny_student")).unwrap().files["tokenizer.json"].clone());
+    let whole: Value = serde_json::from_str(&json.unwrap()).unwrap();
+    let text = whole.to_string();
+    let cut = text.split_at(text.find("\"decoder\":{").unwrap() + 12).0;
+    let e = Tokenizer::new(&files("tokenizer.json", cut.as_bytes())).err().unwrap().to_string();
+    assert!(e.contains("not JSON"), "{e}");
+    let mut table = whole.clone();
+    table["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "?"});
+    let e = Tokenizer::new(&files("tokenizer.json", table.to_string().as_bytes())).err().unwrap().to_string();
+    assert!(e.contains("tokenizer.json: the tokenizers library cannot use it"), "{e}");
     let t = Tokenizer::new(&dir::read_tokenizer(fixture("tiny_bert")).unwrap()).unwrap();
     assert!(t.encode("card", 2).unwrap_err().to_string().contains("max_length is 2"));
     assert_eq!(t.encode("card", 3).unwrap().ids.len(), 3);

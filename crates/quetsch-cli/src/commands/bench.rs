@@ -1,6 +1,8 @@
 //! `quetsch bench`: latency, throughput, loading time, memory, and the share of what this machine can compute. `compare`
 //! runs it in a process of its own for every model, so that the memory of one does not count for another.
 
+use crate::hub;
+use crate::settings::ComputeType;
 use crate::ui::{self, Ui};
 use crate::work::round;
 use anyhow::{Context, Result, ensure};
@@ -23,9 +25,12 @@ use std::time::{Duration, Instant};
 /// Flags of `bench`.
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// Model directory
-    #[arg(long, value_name = "DIR")]
+    /// Model directory, or ORG/NAME on the hub
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     model: PathBuf,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long)]
+    revision: Option<String>,
     /// File of texts [default: the demo's sample questions]
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
@@ -47,6 +52,9 @@ pub struct Bench {
     /// Another model to time in turn with this one
     #[arg(long, value_name = "DIR")]
     against: Option<PathBuf>,
+    /// What linears with float weights are multiplied in
+    #[arg(long, value_enum, default_value_t = ComputeType::F32)]
+    compute: ComputeType,
 }
 
 /// What was measured.
@@ -155,13 +163,15 @@ pub struct Against {
 pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
     ensure!(b.seconds.is_finite() && b.seconds >= 0.0, "--seconds {}: expected a time", b.seconds);
     let texts = match &b.data {
-        Some(path) => data::read_texts(Some(path), b.text_col.as_deref())?,
+        Some(path) => data::read_texts(Some(&hub::table(path, "test", ui)?), b.text_col.as_deref())?,
         None => super::demo::SAMPLES.lines().map(str::to_string).collect(),
     };
+    let path = hub::model(&b.model, b.revision.as_deref(), ui)?;
+    let other = b.against.as_deref().map(|other| hub::model(other, None, ui)).transpose()?;
     let threads = ui.threads(None);
     let before = resident_mb();
     let start = Instant::now();
-    let classifier = Classifier::load(&b.model, None)?;
+    let classifier = Classifier::load_for(&path, None, b.compute.into())?;
     let load_ms = ms(start);
     let loaded = resident_mb();
     let first = texts.first().context("no text to measure with")?;
@@ -185,7 +195,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
         activations: peak_rss_mb.zip(loaded).map(|(peak, loaded)| rest(peak, loaded)),
     };
 
-    let linear_mmac_per_token = by_scheme(&b.model)?;
+    let linear_mmac_per_token = by_scheme(&path)?;
     let arithmetic = model.arithmetic();
     let peak = operations_per_second(arithmetic, threads);
     let lengths: Vec<usize> =
@@ -208,8 +218,7 @@ pub fn run(b: &Bench, ui: &Ui) -> Result<()> {
         gop_per_s: round(rate / 1e9, 1),
         peak_share: round(rate / peak, 3),
     };
-    let against =
-        b.against.as_ref().map(|other| against(&classifier, &session, other, &texts, &lengths, threads, b));
+    let against = other.as_ref().map(|other| against(&classifier, &session, other, &texts, &lengths, threads, b));
     let speed = Speed {
         threads,
         threads_for_one: session.threads_for_one(),
@@ -303,7 +312,7 @@ fn against(
     b: &Bench,
 ) -> Result<Against> {
     const ROUNDS: usize = 5;
-    let other = Classifier::load(dir, None)?;
+    let other = Classifier::load_for(dir, None, b.compute.into())?;
     let middle = |ratios: &mut Vec<f64>| round(latency(ratios).p50, 3);
     let mut latency_ratio = BTreeMap::new();
     for &tokens in lengths.iter().filter(|n| **n <= other.model().spec().longest()) {

@@ -1,6 +1,7 @@
 //! `quetsch compare`: models side by side.
 
 use crate::exit::usage;
+use crate::hub;
 use crate::settings::{self, Data};
 use crate::ui::Ui;
 use crate::work::compare::{Plan, compare};
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// Flags of `compare`.
 #[derive(Debug, Args)]
 pub struct CompareModels {
-    /// Model directories; each is compared with the one it was made from, else with the first
+    /// Model directories, or ORG/NAME on the hub; each is compared with the one it was made from, else with the first
     #[arg(required = true, value_name = "DIR")]
     dirs: Vec<PathBuf>,
     /// Labelled texts to measure on
@@ -56,13 +57,15 @@ pub fn run(c: &CompareModels, ui: &Ui) -> Result<()> {
         label_separator: c.label_separator.clone(),
         ..Data::default()
     };
+    let data = data.local(ui)?;
+    let dirs = c.dirs.iter().map(|dir| hub::model(dir, None, ui)).collect::<Result<Vec<_>>>()?;
     if let Some(file) = c.report.iter().find(|f| Form::of(f).is_none()) {
         return Err(usage(format!("--report {}: expected .html, .md or .json", file.display())));
     }
-    let calibration = match (&c.calibration, c.dirs.first()) {
+    let calibration = match (&c.calibration, dirs.first()) {
         (Some(file), Some(first)) => {
             let model = quetsch::dir::read_checkpoint(first)?;
-            let set = corpus::read(file, &data, (&model).into())?;
+            let set = corpus::read(&hub::table(file, "validation", ui)?, &data, (&model).into())?;
             if set.task != Task::default() {
                 let task = set.task;
                 return Err(usage(format!(
@@ -74,7 +77,7 @@ pub fn run(c: &CompareModels, ui: &Ui) -> Result<()> {
         _ => None,
     };
     let plan = Plan {
-        models: names(&c.dirs).into_iter().zip(c.dirs.clone()).collect(),
+        models: names(&c.dirs).into_iter().zip(dirs).collect(),
         data: &data,
         calibration,
         settings: &c.settings,

@@ -1,5 +1,6 @@
 //! `quetsch eval`: accuracy, macro-F1, top-3, calibration and confusions of one model.
 
+use crate::hub;
 use crate::settings::{Compare, Data};
 use crate::ui::{Ui, percent};
 use crate::work::compare::{Plan, compare};
@@ -16,10 +17,13 @@ use std::path::PathBuf;
 /// Flags of `eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// Model directory
-    #[arg(long, value_name = "DIR")]
+    /// Model directory, or ORG/NAME on the hub
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     model: PathBuf,
-    /// Labelled texts: .csv, .tsv or .jsonl
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long)]
+    revision: Option<String>,
+    /// Labelled texts: .csv, .tsv, .jsonl or .parquet, or hf:ORG/NAME:SPLIT
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Name of the text column; found by its usual names if not given
@@ -41,7 +45,9 @@ pub struct Eval {
 
 /// Runs `eval`.
 pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
-    let classifier = Classifier::load(&e.model, e.max_length)?;
+    let model = hub::model(&e.model, e.revision.as_deref(), ui)?;
+    let file = hub::table(&e.data, "test", ui)?;
+    let classifier = Classifier::load(&model, e.max_length)?;
     let columns = Data {
         text_col: e.text_col.clone(),
         label_col: e.label_col.clone(),
@@ -49,7 +55,7 @@ pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
         ..Data::default()
     };
     gate::sensible(&e.gate, classifier.task())?;
-    let set = corpus::read(&e.data, &columns, (&classifier).into())?;
+    let set = corpus::read(&file, &columns, (&classifier).into())?;
     for warning in &set.warnings {
         ui.warn(format!("{}: {warning}", e.data.display()));
     }
@@ -67,10 +73,10 @@ pub fn run(e: &Eval, ui: &Ui) -> Result<()> {
         return Ok(());
     }
     // Gates look at a comparison; this is one of a single model.
-    let data = Data { test: Some(e.data.display().to_string()), ..columns };
+    let data = Data { test: Some(file.display().to_string()), ..columns };
     let no_speed = !gate::timed(&e.gate);
     let plan = Plan {
-        models: vec![(e.model.display().to_string(), e.model.clone())],
+        models: vec![(e.model.display().to_string(), model)],
         data: &data,
         calibration: None,
         settings: &Compare { no_baseline: true, no_speed, ..Compare::default() },

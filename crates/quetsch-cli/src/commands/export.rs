@@ -1,8 +1,10 @@
 //! `quetsch export`: model directories for other programs.
 
 use crate::exit::usage;
-use crate::settings::Data;
+use crate::hub;
+use crate::settings::{Card, Data, Settings};
 use crate::ui::{Ui, mb};
+use crate::work::card;
 use crate::work::corpus::{self, disk_bytes};
 use crate::work::pretty;
 use anyhow::{Result, bail};
@@ -24,9 +26,12 @@ use std::path::{Path, PathBuf};
 /// Flags of `export`.
 #[derive(Debug, Args)]
 pub struct Export {
-    /// Model directory
-    #[arg(long, value_name = "DIR")]
+    /// Model directory, or ORG/NAME on the hub
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     model: PathBuf,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long)]
+    revision: Option<String>,
     /// What reads it
     #[arg(long, value_enum)]
     to: Target,
@@ -37,6 +42,8 @@ pub struct Export {
     /// divided into the last linear, so that every program gives calibrated probabilities
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
+    #[command(flatten)]
+    card: Card,
     /// Folder to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -126,8 +133,11 @@ fn calibrate(model: &mut ModelDir, file: &Path, ui: &Ui) -> Result<Calibration> 
 
 /// Runs `export`.
 pub fn run(e: &Export, ui: &Ui) -> Result<()> {
-    let mut model = dir::read(&e.model)?;
-    let calibration = e.calibration.as_deref().map(|file| calibrate(&mut model, file, ui)).transpose()?;
+    super::stage::report(e.card.check(), ui)?;
+    let source = hub::model(&e.model, e.revision.as_deref(), ui)?;
+    let mut model = dir::read(&source)?;
+    let calibration = e.calibration.as_deref().map(|file| hub::table(file, "validation", ui)).transpose()?;
+    let calibration = calibration.as_deref().map(|file| calibrate(&mut model, file, ui)).transpose()?;
     let scheme: Option<Scheme> = match e.to {
         Target::Hf => None,
         Target::BnbInt8 => Some("bnb-int8".parse()?),
@@ -170,8 +180,14 @@ pub fn run(e: &Export, ui: &Ui) -> Result<()> {
         folder.write("config.json", &pretty(&config)?)?;
         folder.write(format!("{MODULE}.py"), CODE.as_bytes())?;
     }
+    let bytes = disk_bytes(folder.path());
+    // The source's own card speaks of other files: only what it states is taken over.
+    let origin = card::origin(&e.card, Some(&source), None, None);
+    let report = json!({ "stage": "export", "parameters": model.checkpoint.parameters(),
+        "disk_bytes": bytes, "origin": origin });
+    let config = serde_json::from_slice(&std::fs::read(folder.path().join("config.json"))?)?;
+    card::put(&folder, &e.out, &card::for_dir(&e.out, &config, &report, &Value::Null), ui)?;
     folder.commit()?;
-    let bytes = disk_bytes(&e.out);
     let facts = json!({ "out": e.out, "disk_bytes": bytes, "parameters": model.checkpoint.parameters(),
         "calibration": calibration });
     let mut line = format!("{}: {:.1} MB", e.out.display(), mb(bytes));

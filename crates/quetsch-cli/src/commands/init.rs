@@ -1,5 +1,6 @@
 //! `quetsch init`: a commented recipe for a data file and a model.
 
+use crate::hub;
 use crate::settings::Data;
 use crate::ui::{Ui, percent};
 use crate::work::corpus::{self, Wanted};
@@ -16,11 +17,11 @@ use std::path::{Path, PathBuf};
 /// Flags of `init`.
 #[derive(Debug, Args)]
 pub struct Init {
-    /// Labelled training data: .csv, .tsv or .jsonl
+    /// Labelled training data: .csv, .tsv, .jsonl or .parquet, or hf:ORG/NAME:SPLIT
     #[arg(value_name = "DATA")]
     train: String,
-    /// Pretrained model directory
-    #[arg(long, value_name = "DIR")]
+    /// Pretrained model: a directory, or ORG/NAME[@REVISION] on the hub
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     model: String,
     /// Test data
     #[arg(long, value_name = "FILE")]
@@ -55,20 +56,22 @@ pub fn run(i: &Init, ui: &Ui) -> Result<()> {
         anyhow::bail!("{} exists; pass --force to replace it", i.out.display());
     }
     let mut data = Data { text_col: i.text_col.clone(), label_col: i.label_col.clone(), ..Data::default() };
-    let read = corpus::read(i.train.as_ref(), &data, Wanted::default());
-    let set = match (read, columns(i.train.as_ref())) {
+    let train = hub::table(i.train.as_ref(), "train", ui)?;
+    let model = hub::model(i.model.as_ref(), None, ui)?;
+    let read = corpus::read(&train, &data, Wanted::default());
+    let set = match (read, columns(&train)) {
         (Err(_), Some((text, label))) if data.text_col.is_none() && data.label_col.is_none() => {
             ui.note(format!("{}: `{text}` looks like the text and `{label}` like the label", i.train));
             (data.text_col, data.label_col) = (Some(text), Some(label));
-            corpus::read(i.train.as_ref(), &data, Wanted::default())?
+            corpus::read(&train, &data, Wanted::default())?
         }
         (read, _) => read?,
     };
     for warning in &set.warnings {
         ui.warn(format!("{}: {warning}", i.train));
     }
-    let checkpoint = dir::read_checkpoint(&i.model)?;
-    let tokenizer = Tokenizer::new(&dir::read_tokenizer(&i.model)?)?;
+    let checkpoint = dir::read_checkpoint(&model)?;
+    let tokenizer = Tokenizer::new(&dir::read_tokenizer(&model)?)?;
     let longest = checkpoint.spec.longest();
     let encoded = tokenizer.encode_all(&set.texts, longest, ui.threads(None))?;
     let mut lengths: Vec<usize> = encoded.iter().map(|e| e.ids.len()).collect();

@@ -1,8 +1,11 @@
-//! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept.
+//! `quetsch inspect`: shapes, parameters and bytes by part, heads by layer, what is quantised and what is kept; or a
+//! pruning plan, also beside another one.
 
+use crate::hub;
 use crate::ui::{Ui, mb, percent};
 use crate::work::REPORT;
 use crate::work::parts::{bytes, part_of};
+use crate::work::thin::read_plan;
 use anyhow::{Context, Result};
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
@@ -17,11 +20,14 @@ use std::path::{Path, PathBuf};
 /// Flags of `inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// Model directory
+    /// Model directory, or ORG/NAME on the hub; or a pruning plan (plan.json)
     dir: PathBuf,
-    /// The float model that a quantised one was made from: how far every tensor lies from it. Without it --verbose
-    /// shows what was recorded when it was quantised
-    #[arg(long, value_name = "DIR")]
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long)]
+    revision: Option<String>,
+    /// Of a quantised model, the float model that it was made from: how far every tensor lies from it. Without it
+    /// --verbose shows what was recorded when it was quantised. Of a plan, another one: what each removes alone
+    #[arg(long, value_name = "DIR|FILE")]
     against: Option<PathBuf>,
 }
 
@@ -66,7 +72,11 @@ struct Facts {
 
 /// Runs `inspect`.
 pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
-    let ck = dir::read_checkpoint(&i.dir)?;
+    if i.dir.is_file() {
+        return plan(i, ui);
+    }
+    let folder = hub::model(&i.dir, i.revision.as_deref(), ui)?;
+    let ck = dir::read_checkpoint(&folder)?;
     let spec = &ck.spec;
     let mut parts: BTreeMap<&'static str, Part> = BTreeMap::new();
     for (def, stored) in ck.tensors() {
@@ -81,11 +91,12 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
     });
     let sites =
         spec.linears().into_iter().map(|(l, ..)| (quant::site(spec, l), Scheme::of(ck.get(Tensor::W(l))).name()));
-    // A weight that is 0 by chance is no sparsity.
-    let zeros = prune::sparsity(&ck).into_iter().filter(|(_, share)| *share >= 0.001);
+    // A weight that is 0 by chance is no sparsity, nor one that rounding to 8 or 4 bits made 0 (up to a tenth of them).
+    let by_chance = |l| if Scheme::of(ck.get(Tensor::W(l))).float().is_some() { 0.001 } else { 0.1 };
+    let zeros = prune::sparsity(&ck).into_iter().filter(|(l, share)| *share >= by_chance(*l));
     let distortion = match &i.against {
-        Some(parent) => quant::distortions(&dir::read_checkpoint(parent)?, &ck)?,
-        None if ui.verbose => recorded(&i.dir)?,
+        Some(parent) => quant::distortions(&dir::read_checkpoint(hub::model(parent, None, ui)?)?, &ck)?,
+        None if ui.verbose => recorded(&folder)?,
         None => BTreeMap::new(),
     };
     let facts = Facts {
@@ -115,6 +126,18 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
         parts,
     };
     ui.result(human(&facts), &facts)
+}
+
+/// A plan, or what differs between two.
+fn plan(i: &Inspect, ui: &Ui) -> Result<()> {
+    let plan = read_plan(&i.dir)?;
+    match &i.against {
+        None => ui.result(plan.to_string(), &plan),
+        Some(other) => {
+            let diff = prune::diff(&plan, &read_plan(other)?)?;
+            ui.result(diff.to_string(), &diff)
+        }
+    }
 }
 
 /// What the stage that quantised a model wrote down.

@@ -4,6 +4,8 @@ mod words;
 
 use crate::args::Format;
 use crate::exit::usage;
+use crate::hub;
+use crate::settings::ComputeType;
 use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::Args;
@@ -19,9 +21,12 @@ use std::path::PathBuf;
 /// Flags of `predict`.
 #[derive(Debug, Args)]
 pub struct Predict {
-    /// Model directory
-    #[arg(long, value_name = "DIR")]
+    /// Model directory, or ORG/NAME on the hub
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     model: PathBuf,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long)]
+    revision: Option<String>,
     /// Texts; without any, and without --input, they are read from standard input
     text: Vec<String>,
     /// File of texts: .txt (one a line), .csv, .tsv, .jsonl, or - for standard input
@@ -39,6 +44,9 @@ pub struct Predict {
     /// Longest text in tokens; longer ones are cut [default: what the model says, else 256]
     #[arg(long, value_name = "TOKENS")]
     max_length: Option<usize>,
+    /// What linears with float weights are multiplied in
+    #[arg(long, value_enum, default_value_t = ComputeType::F32)]
+    compute: ComputeType,
 }
 
 /// A label with its probability, or an output with its number.
@@ -84,7 +92,8 @@ pub fn given<'a>(logits: &[f32], labels: &'a [String]) -> Vec<&'a str> {
 
 /// Runs `predict`.
 pub fn run(p: &Predict, ui: &Ui) -> Result<()> {
-    let classifier = Classifier::load(&p.model, p.max_length)?;
+    let model = hub::model(&p.model, p.revision.as_deref(), ui)?;
+    let classifier = Classifier::load_for(&model, p.max_length, p.compute.into())?;
     let labels = classifier.labels();
     let Task { problem, level } = classifier.task();
     if let (Some(k), true) = (p.top_k, problem == Problem::Regression || level == Level::Token) {
@@ -138,7 +147,8 @@ pub fn run(p: &Predict, ui: &Ui) -> Result<()> {
     if p.input.is_none() && std::io::stdin().is_terminal() {
         return Err(usage("no text: give some as arguments, --input FILE, or pipe them in"));
     }
-    let texts = Texts::open(p.input.as_deref(), p.text_col.as_deref())?;
+    let input = p.input.as_deref().map(|file| hub::table(file, "test", ui)).transpose()?;
+    let texts = Texts::open(input.as_deref(), p.text_col.as_deref())?;
     let answer = |texts: Vec<String>, logits: Vec<f32>| show(&texts, &logits);
     stream(&classifier, texts, ui.threads(None), answer, |shown| document.add(shown?))?;
     document.end()

@@ -1,5 +1,6 @@
 //! `quetsch run`: a whole recipe.
 
+use crate::hub;
 use crate::recipe::{self, Kind, Recipe};
 use crate::ui::{self, Ui, mb};
 use crate::work::corpus::Wanted;
@@ -52,6 +53,10 @@ pub fn run(r: &Run, ui: &Ui) -> Result<()> {
     let recipe = recipe::read(&r.recipe, &environment, &r.set)?;
     let options = Options { until: r.until.clone(), resume: r.resume, force: r.force, gates: r.gate.clone() };
     if r.dry_run {
+        // What the hub's cache has is looked at; nothing is fetched.
+        let mut offline = ui.clone();
+        offline.offline = true;
+        let recipe = recipe.fetched(&offline).unwrap_or(recipe);
         let steps = plan(&recipe, &options, ui)?;
         return ui.result(human(&recipe, &steps).trim_end(), &steps);
     }
@@ -130,8 +135,9 @@ fn parameters(spec: &ModelSpec) -> usize {
 /// A body that is trained gets a head for the labels of the data.
 fn with_head(kind: &Kind, mut spec: ModelSpec, recipe: &Recipe) -> ModelSpec {
     if matches!(kind, Kind::Train(_)) && spec.head == HeadSpec::None {
-        let path = recipe.data.train.as_ref();
-        let set = path.and_then(|p| crate::work::corpus::read(p.as_ref(), &recipe.data, Wanted::default()).ok());
+        let path = recipe.local_data().train.as_ref();
+        let set =
+            path.and_then(|p| crate::work::corpus::read(p.as_ref(), recipe.local_data(), Wanted::default()).ok());
         let labels = set.as_ref().map_or(2, |s| s.names.len());
         spec.head = match set.map(|s| s.task.level) {
             Some(Level::Token) => HeadSpec::Tokens { labels },
@@ -198,7 +204,11 @@ fn human(recipe: &Recipe, steps: &[Step]) -> String {
         let state = if step.done { "done, will be skipped" } else { "will run" };
         text += &format!("{} ({}): {state}\n", step.id, step.stage);
         for (role, path) in &step.inputs {
-            let there = if path.exists() || path.starts_with(&recipe.out) { "" } else { "  MISSING" };
+            let there = match path.exists() || path.starts_with(&recipe.out) {
+                true => "",
+                false if hub::is_remote(path) => "  from the hub, to be fetched",
+                false => "  MISSING",
+            };
             text += &format!("  {role} <- {}{there}\n", path.display());
         }
         text += &format!("  out   -> {}\n", step.out.display());

@@ -1,5 +1,6 @@
 //! `quetsch serve`: flags for the server in `quetsch_serve`.
 
+use crate::hub;
 use crate::logs::Logs;
 use crate::ui::{self, Ui};
 use anyhow::Result;
@@ -12,7 +13,7 @@ use std::time::Duration;
 /// Flags of `serve`.
 #[derive(Args)]
 pub struct Serve {
-    /// Model directory, or NAME=DIR; may be given several times, the first is the one for requests that name none
+    /// Model directory or ORG/NAME on the hub, or NAME=DIR; may be given several times, the first is the one for requests that name none
     #[arg(long, value_name = "DIR", required = true)]
     model: Vec<String>,
     /// Address to listen on; 0.0.0.0 for all networks
@@ -105,7 +106,11 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
 
 /// Runs `serve`.
 pub fn run(s: &Serve, ui: &Ui) -> Result<()> {
-    let mut config = Config::new(s.model.iter().map(|m| ModelSource::parse(m)).collect());
+    let local = |model: &String| -> Result<ModelSource> {
+        let source = ModelSource::parse(model);
+        Ok(ModelSource { path: hub::model(&source.path, None, ui)?, ..source })
+    };
+    let mut config = Config::new(s.model.iter().map(local).collect::<Result<_>>()?);
     config.host = s.host;
     config.port = s.port;
     config.grpc_port = s.grpc_port;

@@ -1,8 +1,9 @@
 //! `quetsch train | distill | prune | quantize`: one stage without a recipe.
 
 use crate::exit::usage;
+use crate::hub;
 use crate::recipe::Kind;
-use crate::settings::{Data, Finding, Level, Settings};
+use crate::settings::{Card, Data, Finding, Level, Settings};
 use crate::ui::{self, Ui};
 use crate::work::Job;
 use anyhow::Result;
@@ -17,6 +18,11 @@ pub struct Stage<T: Args> {
     settings: T,
     #[command(flatten)]
     data: Data,
+    #[command(flatten)]
+    card: Card,
+    /// Branch, tag or commit of --model on the hub, of --teacher where there is no --model [default: main]
+    #[arg(long)]
+    revision: Option<String>,
     /// Folder to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -35,6 +41,7 @@ pub struct Stage<T: Args> {
 pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result<()> {
     report(stage.settings.check(), ui)?;
     report(stage.data.check(), ui)?;
+    report(stage.card.check(), ui)?;
     let kind = kind(stage.settings);
     let mut inputs = BTreeMap::new();
     for (role, path) in kind.inputs() {
@@ -45,10 +52,24 @@ pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result
             None => return Err(usage(format!("no {role} given: pass --{role} DIR"))),
         }
     }
+    let mut data = stage.data.clone();
+    let mut unlabelled = kind.unlabelled().map(PathBuf::from);
+    // A dry run says what would be fetched, and fetches nothing.
+    if !stage.dry_run {
+        let of = if inputs.contains_key("model") { "model" } else { "teacher" };
+        for (role, path) in &mut inputs {
+            let revision = stage.revision.as_deref().filter(|_| *role == of);
+            *path = hub::model(path, revision, ui)?;
+        }
+        data = data.local(ui)?;
+        unlabelled = unlabelled.map(|file| hub::table(&file, "train", ui)).transpose()?;
+    }
     let job = Job {
         id: kind.name(),
         kind: &kind,
-        data: &stage.data,
+        data: &data,
+        unlabelled,
+        card: &stage.card,
         seed: kind.seed().unwrap_or(42),
         inputs,
         out: stage.out,
@@ -72,7 +93,7 @@ pub fn run<T: Settings>(stage: Stage<T>, kind: fn(T) -> Kind, ui: &Ui) -> Result
 }
 
 /// Findings about flags: the first error ends the command.
-fn report(findings: Vec<Finding>, ui: &Ui) -> Result<()> {
+pub fn report(findings: Vec<Finding>, ui: &Ui) -> Result<()> {
     for finding in findings {
         let message = format!("--{} {}", finding.key, finding.message);
         match finding.level {

@@ -9,7 +9,9 @@ mod place;
 mod search;
 
 use crate::exit::usage;
-use crate::settings::{Compare, Data, Distill, Eval, Level, MORE_TEACHERS, Prune, Quantize, Settings, Train};
+use crate::hub;
+use crate::settings::{Card, Compare, Data, Distill, Eval, Level, MORE_TEACHERS, Prune, Quantize, Settings, Train};
+use crate::ui::Ui;
 use anyhow::{Context, Result};
 use overrides::{Override, from_environment};
 use place::{Step, line_and_column, locate, path};
@@ -86,10 +88,23 @@ pub struct Recipe {
     pub cache: Option<PathBuf>,
     /// The data.
     pub data: Data,
+    /// What the models' cards say.
+    pub card: Card,
     /// The stages in order.
     pub stages: Vec<Stage>,
     /// Values outside their usual range.
     pub warnings: Vec<String>,
+    /// What was fetched for it, if anything has been looked for.
+    pub fetched: Option<Fetched>,
+}
+
+/// Where the things that a recipe names are.
+#[derive(Clone, Debug, Default)]
+pub struct Fetched {
+    /// Models and texts without labels, by name.
+    paths: BTreeMap<String, PathBuf>,
+    /// The data.
+    data: Data,
 }
 
 /// A recipe file with overrides.
@@ -211,7 +226,7 @@ impl Source {
                 let hint = "an id is made of letters, digits, - and _: it names a folder";
                 return Err(self.fault(&at, format!("id `{id}`: {hint}")));
             }
-            if id == "data" || ids.contains(&id) {
+            if id == "data" || id == "card" || ids.contains(&id) {
                 let hint = format!("the id `{id}` is taken; give this stage one of its own: id = \"...\"");
                 return Err(self.fault(&at, hint));
             }
@@ -224,9 +239,10 @@ impl Source {
         let value = o.value();
         let (table, steps) = match o.key.split_once('.') {
             None => (&mut self.table, path(&[&o.key])),
-            Some(("data", key)) => {
-                let data = self.table.entry("data").or_insert_with(|| Value::Table(Table::new()));
-                (data.as_table_mut().ok_or_else(|| usage("`data` must be a section [data]"))?, path(&["data", key]))
+            Some((name @ ("data" | "card"), key)) => {
+                let section = self.table.entry(name).or_insert_with(|| Value::Table(Table::new()));
+                let fault = || usage(format!("`{name}` must be a section [{name}]"));
+                (section.as_table_mut().ok_or_else(fault)?, path(&[name, key]))
             }
             Some((id, key)) => {
                 let Some(i) = ids.iter().position(|other| other == id) else {
@@ -306,9 +322,9 @@ impl Source {
 
     fn resolve(&self, ids: &[String]) -> Result<Recipe> {
         for key in self.table.keys() {
-            if !TOP_KEYS.contains(&key.as_str()) && key != "data" && key != "stage" {
+            if !TOP_KEYS.contains(&key.as_str()) && !["data", "card", "stage"].contains(&key.as_str()) {
                 let known = TOP_KEYS.join(", ");
-                let hint = format!("unknown key `{key}`; known keys: {known}, [data], [[stage]]");
+                let hint = format!("unknown key `{key}`; known keys: {known}, [data], [card], [[stage]]");
                 return Err(self.fault(&path(&[key]), hint));
             }
         }
@@ -327,8 +343,14 @@ impl Source {
             threads: self.value("threads")?,
             cache: self.value("cache")?,
             data,
+            card: match self.table.get("card") {
+                None => Card::default(),
+                Some(Value::Table(table)) => self.section(&path(&["card"]), table, &mut warnings)?,
+                Some(_) => return Err(self.fault(&path(&["card"]), "`card` must be a section [card]")),
+            },
             stages: vec![],
             warnings: vec![],
+            fetched: None,
         };
         let sections = self.sections()?;
         if sections.is_empty() {
@@ -439,6 +461,14 @@ impl Kind {
 }
 
 impl Kind {
+    /// Texts without labels.
+    pub fn unlabelled(&self) -> Option<&str> {
+        match self {
+            Kind::Distill(s) => s.unlabelled.as_deref(),
+            _ => None,
+        }
+    }
+
     /// The seed, for stages that have one.
     pub fn seed(&self) -> Option<u64> {
         match self {
@@ -452,6 +482,36 @@ impl Kind {
 }
 
 impl Recipe {
+    /// The recipe with everything here that it names on the hub.
+    pub fn fetched(&self, ui: &Ui) -> Result<Recipe> {
+        let mut paths = BTreeMap::new();
+        for kind in self.stages.iter().map(|s| &s.kind) {
+            for (_, name) in kind.inputs() {
+                if let Some(name) =
+                    name.filter(|n| !paths.contains_key(n) && self.stages.iter().all(|s| s.id != *n))
+                {
+                    let path = hub::model(name.as_ref(), None, ui)?;
+                    paths.insert(name, path);
+                }
+            }
+            if let Some(name) = kind.unlabelled() {
+                paths.insert(name.to_string(), hub::table(name.as_ref(), "train", ui)?);
+            }
+        }
+        Ok(Recipe { fetched: Some(Fetched { paths, data: self.data.local(ui)? }), ..self.clone() })
+    }
+
+    /// Where a model or a file is that the recipe names.
+    pub fn place(&self, name: &str) -> PathBuf {
+        let found = self.fetched.as_ref().and_then(|f| f.paths.get(name));
+        found.cloned().unwrap_or_else(|| PathBuf::from(name))
+    }
+
+    /// The data, in files that are here if they were fetched.
+    pub fn local_data(&self) -> &Data {
+        self.fetched.as_ref().map_or(&self.data, |f| &f.data)
+    }
+
     /// The recipe with nothing left open, as a recipe again.
     pub fn to_toml(&self) -> Result<String> {
         #[derive(Serialize)]
@@ -465,6 +525,11 @@ impl Recipe {
             #[serde(skip_serializing_if = "Option::is_none")]
             cache: &'a Option<PathBuf>,
             data: &'a Data,
+            #[serde(skip_serializing_if = "is_default")]
+            card: &'a Card,
+        }
+        fn is_default(card: &Card) -> bool {
+            *card == Card::default()
         }
         let top = Top {
             model: &self.model,
@@ -473,6 +538,7 @@ impl Recipe {
             threads: self.threads,
             cache: &self.cache,
             data: &self.data,
+            card: &self.card,
         };
         let mut text = toml::to_string(&top)?;
         for stage in &self.stages {

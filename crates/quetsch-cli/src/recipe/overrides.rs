@@ -2,7 +2,7 @@
 
 use super::TOP_KEYS;
 use crate::exit::usage;
-use crate::settings::{Data, Settings};
+use crate::settings::{Card, Data, Settings};
 use anyhow::Result;
 use std::collections::BTreeMap;
 use toml::{Table, Value};
@@ -42,10 +42,12 @@ pub fn from_environment(environment: &BTreeMap<String, String>, ids: &[String]) 
     let upper = |s: &str| s.to_uppercase().replace(['-', '.'], "_");
     let mut keys: Vec<String> = TOP_KEYS.iter().map(|k| k.to_string()).collect();
     keys.extend(Data::keys().iter().map(|k| format!("data.{k}")));
+    keys.extend(Card::keys().iter().map(|k| format!("card.{k}")));
     let mut found = vec![];
     for (name, value) in environment {
         let Some(rest) = name.strip_prefix("QUETSCH_") else { continue };
-        let top = keys.iter().find(|k| upper(k.trim_start_matches("data.")) == rest).cloned();
+        let top =
+            keys.iter().find(|k| upper(k.trim_start_matches("data.").trim_start_matches("card.")) == rest).cloned();
         let staged = || {
             let matching = ids.iter().filter_map(|id| Some((id, rest.strip_prefix(&format!("{}_", upper(id)))?)));
             let (id, key) = matching.max_by_key(|(id, _)| id.len())?;

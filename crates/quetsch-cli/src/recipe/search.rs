@@ -5,7 +5,9 @@ use super::Source;
 use super::overrides::Override;
 use super::place::{Step, path};
 use crate::exit::usage;
+use crate::hub;
 use crate::settings::{Data, Distill, Prune, Quantize, Search, Space, Train};
+use crate::ui::Ui;
 use crate::values::{Amount, SiteRule};
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -63,6 +65,18 @@ pub struct SearchFile {
     /// Values outside their usual range.
     #[serde(skip)]
     pub warnings: Vec<String>,
+}
+
+impl SearchFile {
+    /// The same with everything here that it names on the hub.
+    pub fn fetched(&self, ui: &Ui) -> Result<SearchFile> {
+        let here = |name: &Option<String>| -> Result<Option<String>> {
+            let path = name.as_ref().map(|n| hub::model(n.as_ref(), None, ui)).transpose()?;
+            Ok(path.map(|p| p.to_string_lossy().into_owned()))
+        };
+        let (model, teacher) = (here(&self.model)?, here(&self.teacher)?);
+        Ok(SearchFile { model, teacher, data: self.data.local(ui)?, ..self.clone() })
+    }
 }
 
 /// Reads a search file and lays `flags` over it: `out=DIR`, `search.minutes=30`.

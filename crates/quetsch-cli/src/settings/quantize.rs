@@ -88,15 +88,24 @@ impl Recovery {
     }
 }
 
-/// What 4-bit linears multiply in.
+/// What linears with float or 4-bit weights multiply in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ComputeType {
-    /// bfloat16 inputs and weights, f32 sums: as bitsandbytes with `bnb_4bit_compute_dtype=bfloat16`.
+    /// bfloat16 inputs, weights and results, f32 sums (bitsandbytes: `bnb_4bit_compute_dtype=bfloat16`).
     #[default]
     Bf16,
     /// f32 throughout.
     F32,
+}
+
+impl From<ComputeType> for quetsch::quant::Compute {
+    fn from(compute: ComputeType) -> Self {
+        match compute {
+            ComputeType::Bf16 => Self::Bf16,
+            ComputeType::F32 => Self::F32,
+        }
+    }
 }
 
 /// `[stage.quantize]`: store linears in fewer bits.
@@ -104,7 +113,7 @@ pub enum ComputeType {
 #[serde(default, rename_all = "kebab-case")]
 pub struct Quantize {
     /// Model to quantise; a recipe may name an earlier stage
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, alias = "model-id", value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
     /// Scheme: f32, f16, bf16, int8, int8-static, int8-weight, bnb-int8, nf4 or fp4

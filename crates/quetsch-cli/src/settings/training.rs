@@ -254,7 +254,8 @@ pub struct Kd {
     /// The distance of hidden states and embeddings
     #[arg(long, value_enum, default_value_t = Measure::Mse)]
     pub hidden_loss: Measure,
-    /// Which student layer learns from which teacher layers: uniform, mean, last, or pairs from 0 (0:1,1:2+3)
+    /// Which student layer learns from which teacher layers: uniform, mean, weighted (a learned mean of all), last, or
+    /// pairs from 0 (0:1,1:2+3)
     #[arg(long, value_name = "MAP", default_value_t = LayerMap::Uniform)]
     pub hidden_map: LayerMap,
     /// Weight of the divergence between attention maps

@@ -187,10 +187,19 @@ pub fn write_parts<const N: usize>(
     Ok(paths)
 }
 
-/// blake3 of a file's bytes.
+/// blake3 of a file's bytes; where a name fits several files, of their hashes.
 pub fn hash_file(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(blake3::hash(&bytes).to_hex().to_string())
+    let one = |path: &Path| -> Result<String> {
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(blake3::hash(&bytes).to_hex().to_string())
+    };
+    match &data::files(path)?[..] {
+        [file] => one(file),
+        files => {
+            let hashes = files.iter().map(|file| one(file)).collect::<Result<Vec<_>>>()?;
+            Ok(hash_of(&hashes.iter().map(String::as_str).collect::<Vec<_>>()))
+        }
+    }
 }
 
 /// blake3 of several texts, their borders included.
@@ -205,15 +214,23 @@ pub fn hash_of(parts: &[&str]) -> String {
 
 /// blake3 of a model directory: its config, weights and tokenizer, not its reports.
 pub fn hash_model(dir: &Path) -> Result<String> {
-    let mut names: Vec<String> = vec![];
+    // PyTorch's own files are read only where there are no others.
+    let (mut names, mut pickles): (Vec<String>, Vec<String>) = (vec![], vec![]);
     for entry in std::fs::read_dir(dir).with_context(|| format!("cannot read the model {}", dir.display()))? {
         let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with("pytorch_model") && name.ends_with(".bin") {
+            pickles.push(name);
+            continue;
+        }
         let counts = name.ends_with(".safetensors")
             || name == "config.json"
             || quetsch::dir::TOKENIZER_FILES.contains(&name.as_str());
         if counts {
             names.push(name);
         }
+    }
+    if !names.iter().any(|name| name.ends_with(".safetensors")) {
+        names.extend(pickles);
     }
     names.sort();
     let mut parts = vec![];
@@ -230,7 +247,7 @@ pub fn disk_bytes(dir: &Path) -> u64 {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries
         .filter(|e| weights(&e.file_name().to_string_lossy()))
-        .filter_map(|e| e.metadata().ok())
+        .filter_map(|e| std::fs::metadata(e.path()).ok()) // of what a link of the hub's cache points to
         .map(|m| m.len())
         .sum()
 }

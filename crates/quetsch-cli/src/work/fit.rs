@@ -70,6 +70,8 @@ pub struct Trained {
     pub steps: usize,
     /// The epoch whose weights were kept.
     pub kept_epoch: usize,
+    /// By layer of the student: what the weights of the teacher's layers became.
+    pub layer_weights: BTreeMap<usize, Vec<f32>>,
     /// `metrics.jsonl`, and the same for TensorBoard.
     pub files: Vec<(&'static str, Vec<u8>)>,
 }
@@ -209,7 +211,8 @@ impl Fit<'_> {
             Ok((name, fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?))
         };
         let files = [METRICS, events::FILE].into_iter().map(read).collect::<Result<_>>()?;
-        Ok(Trained { checkpoint, epochs, steps: fitted.steps, kept_epoch, files })
+        let layer_weights = fitted.layer_weights.into_iter().collect();
+        Ok(Trained { checkpoint, epochs, steps: fitted.steps, kept_epoch, layer_weights, files })
     }
 
     fn fit_settings(&self) -> FitSettings {

@@ -110,8 +110,8 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
     let inside = Inside::new(&s.kd, &teacher.checkpoint, &start.spec)?;
     let mut corpus = corpus::training(job.data, (&teacher.checkpoint).into(), job.seed, ui)?;
     let labelled = corpus.hash.clone();
-    if let Some(path) = &s.unlabelled {
-        corpus.add_unlabelled(path.as_ref(), job.data)?;
+    if let Some(path) = &job.unlabelled {
+        corpus.add_unlabelled(path, job.data)?;
         ui.note(format!("{}: {} texts without labels", job.id, corpus.unlabelled.len()));
     }
     let encoded = fit::encode(&corpus, &teacher.tokenizer, s.training.max_length, job.threads)?;
@@ -269,13 +269,16 @@ impl Run<'_> {
             0 => "all training data",
             _ => "training data without the validation part",
         };
-        let report = Map::from_iter([
+        let mut report = Map::from_iter([
             ("data".to_string(), serde_json::to_value(&facts)?),
             ("trained_on".to_string(), json!(trained_on)),
             ("epochs".to_string(), serde_json::to_value(&trained.epochs)?),
             ("steps".to_string(), json!(trained.steps)),
             ("kept_epoch".to_string(), json!(trained.kept_epoch)),
         ]);
+        if !trained.layer_weights.is_empty() {
+            report.insert("layer_weights".into(), serde_json::to_value(&trained.layer_weights)?);
+        }
         Ok((trained, report))
     }
 

@@ -1,6 +1,7 @@
 //! Running one stage, the same from a recipe and from its own command: find out what it would be made from, skip it if
 //! that is there, make it, measure it, write its folder in one piece.
 
+pub mod card;
 pub mod compare;
 pub mod corpus;
 mod events;
@@ -17,11 +18,11 @@ pub mod quantize;
 pub mod report;
 pub mod search;
 mod teacher;
-mod thin;
+pub mod thin;
 
 use crate::exit::usage;
 use crate::recipe::Kind;
-use crate::settings::Data;
+use crate::settings::{Card, Data};
 use crate::ui::{Ui, duration, mb, percent};
 use anyhow::{Context, Result};
 use provenance::Provenance;
@@ -42,12 +43,16 @@ pub struct Job<'a> {
     pub id: &'a str,
     /// What it does.
     pub kind: &'a Kind,
-    /// The data.
+    /// The data, in files that are here.
     pub data: &'a Data,
+    /// Texts without labels, likewise.
+    pub unlabelled: Option<PathBuf>,
     /// Seed of the validation split.
     pub seed: u64,
     /// Model directories by role: model, teacher.
     pub inputs: BTreeMap<&'static str, PathBuf>,
+    /// What its card says that nobody can know.
+    pub card: &'a Card,
     /// Its folder.
     pub out: PathBuf,
     /// Folder for the teacher's logits, shared by the stages of a run; without one they live beside the state.
@@ -88,6 +93,13 @@ impl Job<'_> {
         self.out.with_file_name(format!(".{name}.training"))
     }
 
+    /// For the card: what it is made from and what people said.
+    fn origin(&self) -> card::Origin {
+        let parent = if matches!(self.kind, Kind::Distill(_)) { "teacher" } else { "model" };
+        let [train, test] = [&self.data.train, &self.data.test].map(|file| file.as_ref().map(Path::new));
+        card::origin(self.card, self.inputs.get(parent).map(PathBuf::as_path), train, test)
+    }
+
     /// What the output is, or would be, made from.
     pub fn provenance(&self) -> Result<Provenance> {
         let mut inputs = BTreeMap::new();
@@ -109,8 +121,8 @@ impl Job<'_> {
             inputs.insert("reading".into(), corpus::hash_of(&[&reading]));
         }
         if let Kind::Distill(s) = self.kind {
-            if let Some(file) = &s.unlabelled {
-                inputs.insert("unlabelled".into(), corpus::hash_file(file.as_ref())?);
+            if let Some(file) = &self.unlabelled {
+                inputs.insert("unlabelled".into(), corpus::hash_file(file)?);
             }
             if s.out_of_fold {
                 inputs
@@ -121,6 +133,11 @@ impl Job<'_> {
             && let Some(plan) = &s.plan
         {
             inputs.insert("plan".into(), corpus::hash_file(plan.as_ref())?);
+        }
+        if let Kind::Prune(s) = self.kind
+            && let Some(table) = &s.latency_table
+        {
+            inputs.insert("latency-table".into(), corpus::hash_file(table.as_ref())?);
         }
         let section = serde_json::to_value(self.kind)?;
         Provenance::new(self.kind.name(), &section[self.kind.name()], inputs)
@@ -168,7 +185,11 @@ impl Job<'_> {
         report.insert("seconds".into(), json!(round(started.elapsed().as_secs_f64(), 1)));
         dir::write_into(&folder, &model)?;
         report.insert("disk_bytes".into(), json!(corpus::disk_bytes(folder.path())));
+        report.insert("origin".into(), serde_json::to_value(self.origin())?);
         let report = Value::Object(report);
+        let config = serde_json::from_slice(&std::fs::read(folder.path().join("config.json"))?)?;
+        let settings = Value::Object(provenance.settings.clone());
+        card::put(&folder, &self.out, &card::for_dir(&self.out, &config, &report, &settings), ui)?;
         folder.write(provenance::FILE, &provenance.to_json()?)?;
         folder.write(REPORT, &pretty(&report)?)?;
         for (name, bytes) in &made.files {
@@ -188,13 +209,18 @@ impl Job<'_> {
         let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let mut report: Value =
             serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+        let before = report.clone();
+        report["origin"] = serde_json::to_value(self.origin())?;
         let wanted = self.data.test.as_ref().map(|t| corpus::hash_file(t.as_ref())).transpose()?;
         if wanted.is_some() && report["test"]["data"].as_str() != wanted.as_deref() {
             let model = dir::read(&self.out)?;
             if let Some(test) = self.test(&model, ui)? {
                 report["test"] = test;
-                write_file(&path, &pretty(&report)?)?;
             }
+        }
+        if report != before {
+            write_file(&path, &pretty(&report)?)?;
+            card::refresh(&self.out)?;
         }
         ui.say(format!("{} -> {} (there already, nothing to do)", summary(&report), self.out.display()))?;
         Ok(report)

@@ -40,7 +40,7 @@ impl Recipe {
     pub fn model_dir(&self, name: &str) -> PathBuf {
         match self.stages.iter().any(|s| s.id == name) {
             true => self.stage_dir(name),
-            false => PathBuf::from(name),
+            false => self.place(name),
         }
     }
 
@@ -63,7 +63,9 @@ impl Recipe {
         Job {
             id: &stage.id,
             kind: &stage.kind,
-            data: &self.data,
+            data: self.local_data(),
+            unlabelled: stage.kind.unlabelled().map(|name| self.place(name)),
+            card: &self.card,
             seed: self.seed,
             inputs,
             out: self.stage_dir(&stage.id),
@@ -86,10 +88,11 @@ pub struct Finished {
 /// Runs a recipe.
 pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     let threads = ui.threads(recipe.threads);
-    let stages = recipe.until(options.until.as_deref())?;
     for warning in &recipe.warnings {
         ui.warn(warning);
     }
+    let recipe = &recipe.fetched(ui)?;
+    let stages = recipe.until(options.until.as_deref())?;
     let started = Instant::now();
     let _alone = super::alone(&recipe.out, || {
         ui.note(format!("{}: another run is writing there; waiting for its end", recipe.out.display()));
@@ -179,11 +182,11 @@ fn check_gates(
 
 /// Test data that do not fit the training data are known before anything is trained.
 fn can_be_measured(recipe: &Recipe, stages: &[Stage]) -> Result<()> {
-    let data = &recipe.data;
+    let data = recipe.local_data();
     let (Some(train), Some(test)) = (&data.train, &data.test) else { return Ok(()) };
     if stages.iter().any(|s| matches!(s.kind, Kind::Train(_))) {
         // As the stage does it: the labels of the model if the data fit them, else those of the data.
-        let start = recipe.model.as_ref().and_then(|m| quetsch::dir::read_checkpoint(m).ok());
+        let start = recipe.model.as_ref().and_then(|m| quetsch::dir::read_checkpoint(recipe.place(m)).ok());
         let own = start.as_ref().filter(|ck| !ck.labels.is_empty());
         let fits = own.and_then(|ck| corpus::read(train.as_ref(), data, ck.into()).ok());
         let set = match fits {
@@ -205,7 +208,7 @@ struct MeasuredOn {
 /// The test data; without any, the part of the training data that is set aside. Whether there is either is known before
 /// anything is trained.
 fn measured(recipe: &Recipe, stages: &[Stage], options: &Options, ui: &Ui) -> Result<MeasuredOn> {
-    let data = recipe.data.clone();
+    let data = recipe.local_data().clone();
     let asks = |s: &Stage| matches!(s.kind, Kind::Compare(_) | Kind::Eval(_));
     if data.test.is_some() || !(stages.iter().any(asks) || !options.gates.is_empty()) {
         return Ok(MeasuredOn { data, is_held_out: false });
@@ -247,7 +250,7 @@ fn validation(recipe: &Recipe, models: &[(String, PathBuf)], ui: &Ui) -> Result<
         return Ok(None);
     };
     let model = quetsch::dir::read_checkpoint(first)?;
-    Ok(Some(corpus::training(&recipe.data, (&model).into(), recipe.seed, ui)?.validation))
+    Ok(Some(corpus::training(recipe.local_data(), (&model).into(), recipe.seed, ui)?.validation))
 }
 
 fn eval(job: &Job, ui: &Ui) -> Result<Value> {

@@ -6,7 +6,7 @@ use super::make::Run;
 use super::teacher::{Inside, soft};
 use super::{Job, Made, fit, make, round};
 use crate::exit::usage;
-use crate::settings::{ComputeType, Quantize};
+use crate::settings::Quantize;
 use crate::ui::{Ui, percent};
 use anyhow::Result;
 use quetsch::batch::Encoding;
@@ -15,7 +15,7 @@ use quetsch::data::Examples;
 use quetsch::dir::ModelDir;
 use quetsch::metrics;
 use quetsch::quant::calibrate::{self, Seen};
-use quetsch::quant::{self, Compute, Scheme};
+use quetsch::quant::{self, Scheme};
 use quetsch::runtime::Model;
 use quetsch::spec::{Lin, ModelSpec, Role, Tensor};
 use quetsch::task::{Level, Problem};
@@ -36,10 +36,7 @@ pub fn kept(s: &Quantize, spec: &ModelSpec) -> Vec<String> {
 
 /// The schemes by site pattern, in the order in which they hold.
 pub fn rules(s: &Quantize) -> Result<Vec<(String, Scheme)>> {
-    let compute = match s.compute {
-        ComputeType::Bf16 => Compute::Bf16,
-        ComputeType::F32 => Compute::F32,
-    };
+    let compute = s.compute.into();
     let double_quant = !s.no_double_quant;
     let scheme = |name: &str| -> Result<Scheme> {
         Ok(match name.parse()? {

@@ -30,6 +30,10 @@ impl Inside {
         add(Compare::Hidden(distance), &s.hidden_map, s.hidden)?;
         add(Compare::Embeddings(distance), &LayerMap::Pairs(vec![(0, vec![0])]), s.embeddings)?;
         add(Compare::Attention, &s.attention_map, s.attention)?;
+        if s.hidden_map == LayerMap::Weighted {
+            let hidden = links.iter_mut().filter(|l| matches!(l.compare, Compare::Hidden(_)));
+            hidden.for_each(|l| l.weighted = true);
+        }
         let heads = s.relation_heads.unwrap_or(teacher.spec.original_heads.into());
         let mut relations = vec![];
         for of in &s.relations_of {

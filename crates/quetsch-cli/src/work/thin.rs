@@ -12,13 +12,14 @@ use anyhow::{Context, Result, bail};
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::dir::ModelDir;
-use quetsch::prune::{self, Budget, Costs, Cut, Keep, Magnitude, Plan, Scope, Scores};
+use quetsch::prune::{self, Budget, Costs, Cut, Keep, LatencyTable, Magnitude, Plan, Scope, Scores, Timing};
 use quetsch::spec::At;
 use quetsch::vocab;
 use quetsch_train::scores::Sample;
 use quetsch_train::{Criterion, MaskGradients, Objective, Sparsity, TrainSet, mask_gradients};
 use serde_json::{Map, json};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Runs the stage.
 pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
@@ -27,7 +28,7 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     let recovers = s.training.epochs > 0;
     let learns = recovers || needs_scores(s) && sees_data(s.score);
     if !learns && s.tune == Tune::None && s.vocab == Vocab::All {
-        let plan = match read_plan(s)? {
+        let plan = match given(s)? {
             Some(plan) => plan,
             None => plan(s, &parent, by_weight(s.score, &parent))?,
         };
@@ -66,8 +67,8 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
         true => Objective::Distill(hard, soft(&s.kd, &logits, features)),
         false => Objective::CrossEntropy(hard),
     };
-    let plan = match read_plan(s)? {
-        Some(plan) => plan,
+    let (plan, table) = match given(s)? {
+        Some(plan) => (plan, None),
         None => Thinning { s, run: &run, parent: &parent }.plan(&objective(None), ui)?,
     };
     ui.note(&plan);
@@ -119,6 +120,14 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     }
     report.insert("vocabulary".into(), json!(checkpoint.spec.vocab));
     files.push(("plan.json", super::pretty(&plan)?));
+    if let Some(table) = &table {
+        let layers = |spec| json!(round(table.layers_us(spec), 1));
+        report.insert(
+            "latency_us".into(),
+            json!({"before": layers(&parent.spec), "after": layers(&checkpoint.spec)}),
+        );
+        files.push(("latency.json", super::pretty(table)?));
+    }
     let tokenizer = run.model.tokenizer.clone();
     Ok(Made { checkpoint, tokenizer, report, files })
 }
@@ -143,15 +152,19 @@ fn zeros(s: &Prune) -> Sparsity {
     }
 }
 
-fn read_plan(s: &Prune) -> Result<Option<Plan>> {
-    let Some(path) = &s.plan else { return Ok(None) };
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read the plan {path}"))?;
-    let plan = serde_json::from_slice(&bytes).with_context(|| format!("{path} is no pruning plan"))?;
-    Ok(Some(plan))
+/// A plan that was made before.
+pub fn read_plan(path: &Path) -> Result<Plan> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read the plan {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is no pruning plan", path.display()))
+}
+
+/// The plan that the settings name.
+fn given(s: &Prune) -> Result<Option<Plan>> {
+    s.plan.as_ref().map(|path| read_plan(path.as_ref())).transpose()
 }
 
 fn is_budget(s: &Prune) -> bool {
-    s.keep_macs.is_some() || s.keep_parameters.is_some()
+    s.budgets().next().is_some()
 }
 
 fn needs_scores(s: &Prune) -> bool {
@@ -182,7 +195,7 @@ struct Thinning<'a> {
 }
 
 impl Thinning<'_> {
-    fn plan(&self, objective: &Objective, ui: &Ui) -> Result<Plan> {
+    fn plan(&self, objective: &Objective, ui: &Ui) -> Result<(Plan, Option<LatencyTable>)> {
         let (s, parent) = (self.s, self.parent);
         let id = self.run.job.id;
         let criterion = match s.score {
@@ -192,12 +205,13 @@ impl Thinning<'_> {
             Score::Activation if needs_scores(s) => {
                 ui.note(format!("{id}: scoring by activations over {} batches", s.score_batches));
                 let sample = sample_of(s, &self.run.encoded.train.encodings);
-                return plan(s, parent, prune::activation(parent, &sample, self.run.job.threads)?);
+                let scores = prune::activation(parent, &sample, self.run.job.threads)?;
+                return Ok((plan(s, parent, scores)?, None));
             }
-            _ => return plan(s, parent, by_weight(s.score, parent)),
+            _ => return Ok((plan(s, parent, by_weight(s.score, parent))?, None)),
         };
         if !needs_scores(s) {
-            return plan(s, parent, Scores::default());
+            return Ok((plan(s, parent, Scores::default())?, None));
         }
         ui.note(format!("{id}: scoring by gradients over {} batches", s.score_batches));
         let set = TrainSet::from(&self.run.encoded.train);
@@ -209,24 +223,46 @@ impl Thinning<'_> {
         };
         let gradients = mask_gradients(parent, &set, objective, sample, s.rearrange)?;
         let scores = gradients.scores(criterion);
-        let made = match is_budget(s) {
-            true => prune::plan(&parent.spec, &scores, &prune::search(&parent.spec, &scores, &self.keep()?)?)?,
-            false => plan(s, parent, scores)?,
+        let (made, table) = match s.budgets().next() {
+            Some((_, share)) => {
+                let (budget, table) = self.budget(&scores, share, ui)?;
+                (prune::plan(&parent.spec, &scores, &budget)?, table)
+            }
+            None => (plan(s, parent, scores)?, None),
         };
-        Ok(if s.rearrange { rearranged(made, &gradients) } else { made })
+        Ok((if s.rearrange { rearranged(made, &gradients) } else { made }, table))
     }
 
     /// The budget over heads and channels together, on the lengths of the training sentences.
-    fn keep(&self) -> Result<Keep> {
+    fn budget(&self, scores: &Scores, share: f64, ui: &Ui) -> Result<(Budget, Option<LatencyTable>)> {
         let (s, spec) = (self.s, &self.parent.spec);
-        let (costs, share) = match (s.keep_macs, s.keep_parameters) {
-            (Some(share), _) => {
-                let lengths: Vec<usize> = self.run.encoded.train.encodings.iter().map(|e| e.ids.len()).collect();
-                (Costs::macs(spec, &lengths)?, share)
-            }
-            (None, share) => (Costs::parameters(spec), share.unwrap_or(1.0)),
+        let lengths: Vec<usize> = self.run.encoded.train.encodings.iter().map(|e| e.ids.len()).collect();
+        let keep = Keep { share, max_heads_per_layer: s.max_per_layer.unwrap_or(1.0), align: s.align };
+        if s.keep_latency.is_some() {
+            let table = self.table(&lengths, ui)?;
+            ui.note(&table);
+            return Ok((prune::search_latency(spec, scores, &table, &keep)?, Some(table)));
+        }
+        let costs = match s.keep_macs {
+            Some(_) => Costs::macs(spec, &lengths)?,
+            None => Costs::parameters(spec),
         };
-        Ok(Keep { costs, share, max_heads_per_layer: s.max_per_layer.unwrap_or(1.0), align: s.align })
+        Ok((prune::search(spec, scores, &costs, &keep)?, None))
+    }
+
+    /// What layers of every size take: read, or measured on a sentence of mean length.
+    fn table(&self, lengths: &[usize], ui: &Ui) -> Result<LatencyTable> {
+        let s = self.s;
+        if let Some(path) = &s.latency_table {
+            let bytes = std::fs::read(path).with_context(|| format!("cannot read the latency table {path}"))?;
+            return serde_json::from_slice(&bytes).with_context(|| format!("{path} is no latency table"));
+        }
+        let mean = lengths.iter().sum::<usize>() as f64 / lengths.len().max(1) as f64;
+        let tokens = s.latency_tokens.unwrap_or((mean.round() as usize).max(1));
+        ui.note(format!("{}: timing layers of every size, {} tokens", self.run.job.id, tokens));
+        let timing = Timing { tokens, scheme: s.latency_scheme.parse()?, align: s.align };
+        let table = prune::measure_latency(self.parent, timing)?;
+        Ok(LatencyTable { machine: super::machine::this().cpu, ..table })
     }
 }
 

@@ -5,6 +5,8 @@
 use assert_cmd::Command;
 use std::path::{Path, PathBuf};
 
+pub mod hub;
+
 /// A folder of its own with `model/` (5 labels, 3 layers), `train.csv` and `test.csv`.
 pub struct Place {
     dir: tempfile::TempDir,
@@ -66,6 +68,8 @@ impl Place {
     pub fn command(&self) -> Command {
         let mut command = Command::cargo_bin("quetsch").expect("the binary");
         command.current_dir(self.dir.path()).env_remove("RUST_LOG");
+        // A path that is not there must not become a question to the real hub.
+        command.env("HF_HUB_OFFLINE", "1").env("HF_HOME", self.path("hf"));
         command
     }
 

@@ -1,6 +1,7 @@
-//! Text, CSV, TSV and JSONL files as tables of strings, with the line each row starts at: whole, or block by block as
-//! they are read.
+//! Text, CSV, TSV, JSONL and Parquet files as tables of strings, with the line each row starts at (of Parquet its number):
+//! whole, or block by block as they are read.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use std::path::{Path, PathBuf};
 use csv::{ReaderBuilder, StringRecord};
 use serde_json::{Map, Value};
 
+use super::parquet::Rows;
 use crate::{Error, Result};
 
 /// How a file is cut into rows.
@@ -22,12 +24,16 @@ enum Kind {
 
 /// Bytes read at a time.
 const BLOCK: usize = 1 << 16;
+/// Rows of Parquet read at a time.
+pub(super) const BLOCK_ROWS: usize = 1024;
 
 /// A file that is read block by block.
 pub(super) struct Blocks {
     path: PathBuf,
     kind: Kind,
     source: Box<dyn Read + Send>,
+    /// In place of the source: a Parquet file is no stream.
+    parquet: Option<Rows>,
     /// What was read and is in no row yet.
     pending: Vec<u8>,
     /// Where `pending` starts in the file: line (from 1) and byte (from 0).
@@ -46,10 +52,15 @@ impl Blocks {
             "csv" => Kind::Delimited(None),
             "tsv" => Kind::Delimited(Some(b'\t')),
             "jsonl" | "ndjson" => Kind::JsonLines,
+            "parquet" => {
+                let (nothing, parquet) = (Box::new(std::io::empty()), Some(Rows::open(path)?));
+                return Ok(Blocks { parquet, ..Blocks::new(path, Kind::JsonLines, nothing) });
+            }
             other => {
                 let found = if other.is_empty() { "none".into() } else { format!(".{other}") };
-                let message =
-                    format!("the extension tells the format: expected .csv, .tsv or .jsonl, found {found}");
+                let message = format!(
+                    "the extension tells the format: expected .csv, .tsv, .jsonl or .parquet, found {found}"
+                );
                 return Err(Error::file(path, message));
             }
         };
@@ -64,11 +75,25 @@ impl Blocks {
     fn new(path: &Path, kind: Kind, source: Box<dyn Read + Send>) -> Blocks {
         let path = path.to_path_buf();
         let (pending, columns) = (Vec::new(), Vec::new());
-        Blocks { path, kind, source, pending, line: 1, byte: 0, columns, to_the_end: false, ended: false }
+        Blocks {
+            path,
+            kind,
+            source,
+            parquet: None,
+            pending,
+            line: 1,
+            byte: 0,
+            columns,
+            to_the_end: false,
+            ended: false,
+        }
     }
 
     /// The next rows, at least one; what has not arrived yet (of a pipe) is not waited for. Nothing at the end.
     pub(super) fn next(&mut self) -> Result<Option<Table>> {
+        if let Some(parquet) = &mut self.parquet {
+            return parquet.next();
+        }
         while !self.ended {
             self.ended = !self.fill()?;
             if self.to_the_end && !self.ended {
@@ -96,7 +121,8 @@ impl Blocks {
             }
             self.pending = pending;
             if !rows.is_empty() {
-                return Ok(Some(Table { path: self.path.clone(), columns: self.columns.clone(), rows }));
+                let (path, columns) = (self.path.clone(), self.columns.clone());
+                return Ok(Some(Table { path, columns, rows, classes: HashMap::new() }));
             }
         }
         Ok(None)
@@ -213,6 +239,8 @@ pub(super) struct Table {
     pub(super) path: PathBuf,
     pub(super) columns: Vec<String>,
     pub(super) rows: Vec<Row>,
+    /// Names of the labels that a column has as numbers, where the file says them (Parquet).
+    pub(super) classes: HashMap<String, Vec<String>>,
 }
 
 /// A row; `cells` has one entry a column.

@@ -41,10 +41,17 @@ pub(super) fn read(table: &Table, words: Option<&[usize]>, text: usize, options:
         let name = &table.columns[c];
         return Err(Error::file(&table.path, format!("column `{name}` cannot be both the text and the label")));
     }
-    let units = units(table, words, &columns)?;
-    let known = match &options.names {
-        Some(names) => Some((names.clone(), "the names given".to_string())),
-        None => categories(&table.path)?,
+    let mut units = units(table, words, &columns)?;
+    let classes = table.classes.get(&table.columns[columns[0]]);
+    // A model whose labels have no names of their own counts them as the data do.
+    let by_number = |names: &Vec<String>| names.iter().enumerate().all(|(i, name)| *name == format!("LABEL_{i}"));
+    if let Some(classes) = classes.filter(|_| !options.names.as_ref().is_some_and(by_number)) {
+        name_classes(table, &table.columns[columns[0]], &mut units, classes)?;
+    }
+    let known = match (&options.names, classes) {
+        (Some(names), _) => Some((names.clone(), "the names given".to_string())),
+        (None, Some(classes)) => Some((classes.clone(), "the names in the file".to_string())),
+        (None, None) => categories(&table.path)?,
     };
     let several = columns.len() > 1;
     let problem = options.problem.unwrap_or_else(|| infer(&units, several, known.is_some(), options));
@@ -141,6 +148,31 @@ fn units(table: &Table, words: Option<&[usize]>, columns: &[usize]) -> Result<Ve
         }
     }
     Ok(units)
+}
+
+/// Puts names in place of the numbers of a `ClassLabel` column: another file or model may count them otherwise.
+fn name_classes(table: &Table, column: &str, units: &mut [Unit], classes: &[String]) -> Result<()> {
+    for unit in units {
+        let line = unit.line;
+        let name = |text: &mut String| {
+            let class = text.parse::<usize>().ok().and_then(|i| classes.get(i));
+            let unknown = || {
+                let n = classes.len();
+                let message =
+                    format!("line {line}: the label {text} (column `{column}`) is none of the file's {n} classes");
+                let hint = "; -1 means that the labels of this split are not published";
+                Error::file(&table.path, if text == "-1" { message + hint } else { message })
+            };
+            *text = class.ok_or_else(unknown)?.clone();
+            Ok(())
+        };
+        match &mut unit.written {
+            Written::Nothing => {}
+            Written::One(text) => name(text)?,
+            Written::Many(many) => many.iter_mut().try_for_each(name)?,
+        }
+    }
+    Ok(())
 }
 
 fn scalar(value: &Value) -> Option<String> {

@@ -105,7 +105,7 @@ fn each_error_says_where() {
         ("a.csv", b"\n\n", None, &sniff, &["the file is empty"]),
         ("a.jsonl", b"\n", None, &sniff, &["the file is empty"]),
         ("a.csv", b"text,label\n", None, &sniff, &["a header and no rows"]),
-        ("a.parquet", b"PAR1", None, &sniff, &["expected .csv, .tsv or .jsonl", ".parquet"]),
+        ("a.arrow", b"ARROW1", None, &sniff, &["expected .csv, .tsv, .jsonl or .parquet", ".arrow"]),
         (
             "a.csv",
             b"title,label\nx,y\n",

@@ -1,6 +1,6 @@
 //! The files with a model directory's weights, memory-mapped, as one table of named tensors.
 
-use super::pickle;
+use super::{PICKLE, PICKLE_INDEX, WEIGHTS, WEIGHTS_INDEX, pickle};
 use crate::config::Shapes;
 use crate::error::{Error, Result};
 use memmap2::Mmap;
@@ -30,10 +30,6 @@ pub struct Shards {
     entries: BTreeMap<String, Entry>,
 }
 
-const INDEX: &str = "model.safetensors.index.json";
-const PICKLE: &str = "pytorch_model.bin";
-const PICKLE_INDEX: &str = "pytorch_model.bin.index.json";
-
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
@@ -51,7 +47,7 @@ impl Shards {
         if !broken.is_empty() {
             let list: Vec<_> = broken.iter().map(|(name, file)| format!("{name} in {file}")).collect();
             return Err(Error::file(
-                dir.join(INDEX),
+                dir.join(WEIGHTS_INDEX),
                 format!("lists tensors that are not there: {}", list.join(", ")),
             ));
         }
@@ -142,7 +138,7 @@ fn rename(name: &str) -> String {
 /// The files with the weights of a folder, and the index if there is one. safetensors come first; old repositories have
 /// pickles only.
 fn find(dir: &Path) -> Result<(Vec<PathBuf>, Index)> {
-    for (single, index) in [(super::WEIGHTS, INDEX), (PICKLE, PICKLE_INDEX)] {
+    for (single, index) in [(WEIGHTS, WEIGHTS_INDEX), (PICKLE, PICKLE_INDEX)] {
         let single = dir.join(single);
         if single.exists() {
             return Ok((vec![single], Index { weight_map: BTreeMap::new() }));
@@ -152,7 +148,7 @@ fn find(dir: &Path) -> Result<(Vec<PathBuf>, Index)> {
             return listed(dir, &index);
         }
     }
-    let looked = [super::WEIGHTS, INDEX, PICKLE, PICKLE_INDEX].join(", ");
+    let looked = [WEIGHTS, WEIGHTS_INDEX, PICKLE, PICKLE_INDEX].join(", ");
     Err(Error::file(dir, format!("no weights found; looked for {looked}")))
 }
 

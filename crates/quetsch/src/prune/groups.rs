@@ -57,7 +57,9 @@ pub(super) fn in_layer(tensor: Tensor, f: impl Fn(usize) -> usize) -> Tensor {
         Norm::Ffn(l) => Norm::Ffn(f(l)),
     };
     match tensor {
-        Tensor::Word | Tensor::Position | Tensor::TokenType | Tensor::Projection(_) => tensor,
+        Tensor::Word | Tensor::Position | Tensor::TokenType | Tensor::Projection(_) | Tensor::LayerWeights(_) => {
+            tensor
+        }
         Tensor::Gamma(n) => Tensor::Gamma(norm(n)),
         Tensor::Beta(n) => Tensor::Beta(norm(n)),
         Tensor::W(s) => Tensor::W(lin(s)),

@@ -82,7 +82,7 @@ impl Parent {
         }
     }
 
-    fn describe(&self) -> String {
+    pub(super) fn describe(&self) -> String {
         let heads: Vec<usize> = self.layers.iter().map(|s| s.heads.len()).collect();
         let ffn: Vec<usize> = self.layers.iter().map(|s| s.ffn).collect();
         format!("hidden {}, heads per layer {heads:?}, feed-forward {ffn:?}", self.hidden)
@@ -298,11 +298,11 @@ impl fmt::Display for Plan {
 }
 
 impl Plan {
-    fn heads_of(&self, layer: usize) -> &[u16] {
+    pub(super) fn heads_of(&self, layer: usize) -> &[u16] {
         self.heads.get(layer).map_or(&[], Vec::as_slice)
     }
 
-    fn ffn_of(&self, layer: usize) -> &[usize] {
+    pub(super) fn ffn_of(&self, layer: usize) -> &[usize] {
         self.ffn.get(layer).map_or(&[], Vec::as_slice)
     }
 

@@ -50,8 +50,6 @@ impl Costs {
 /// How much of the heads' and channels' cost stays.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Keep {
-    /// What is counted.
-    pub costs: Costs,
     /// The share that stays, above 0, at most 1.
     pub share: f64,
     /// No layer loses more than this share of its heads (rounded down).
@@ -60,36 +58,32 @@ pub struct Keep {
     pub align: usize,
 }
 
-/// Some groups of a layer that stay or go together.
-struct Block {
-    layer: usize,
-    members: Vec<usize>,
-    score: f64,
-    forced: bool,
-}
-
-/// Best first, those that must stay before all others; ties by layer and position.
-fn ranked(scores: &[Vec<f32>], block: usize, forced: impl Fn(usize) -> usize) -> Vec<Block> {
-    let mut all = vec![];
-    for (layer, scores) in scores.iter().enumerate() {
-        let mut order: Vec<usize> = (0..scores.len()).collect();
-        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-        for (i, members) in order.chunks(block).enumerate() {
-            let score = members.iter().map(|m| f64::from(scores[*m])).sum();
-            all.push(Block { layer, members: members.to_vec(), score, forced: i < forced(layer) });
-        }
+impl Keep {
+    /// Of so many heads of a layer these stay at least. The epsilon keeps 0.3 * 10 at 3.
+    pub(super) fn least_heads(&self, heads: usize) -> usize {
+        heads - (self.max_heads_per_layer * heads as f64 + 1e-9) as usize
     }
-    let mean = |b: &Block| b.score / b.members.len() as f64;
-    all.sort_by(|a, b| b.forced.cmp(&a.forced).then(mean(b).total_cmp(&mean(a))));
-    all
+
+    /// What no budget takes, in words.
+    pub(super) fn must_stay(&self) -> String {
+        format!(
+            "heads (max_per_layer {}) and a block of {} channels in every layer must stay",
+            self.max_heads_per_layer, self.align
+        )
+    }
 }
 
-/// The heads and channels to remove, as lists of a [`Budget`]. Every layer keeps at least its best block of channels,
-/// so that it keeps a group whatever happens to its heads.
+/// The groups of every layer, best first; ties by position.
+pub(super) struct Order {
+    pub heads: Vec<Vec<usize>>,
+    pub ffn: Vec<Vec<usize>>,
+}
+
+/// The order, once scores and budget are known to make sense.
 ///
 /// # Errors
-/// Scores that do not fit or are negative, or a share that cannot be met.
-pub fn search(spec: &ModelSpec, scores: &Scores, keep: &Keep) -> Result<Budget> {
+/// Scores that do not fit or are negative, or numbers out of range.
+pub(super) fn checked(spec: &ModelSpec, scores: &Scores, keep: &Keep) -> Result<Order> {
     let heads: Vec<usize> = spec.layers.iter().map(|l| l.heads.len()).collect();
     let ffn: Vec<usize> = spec.layers.iter().map(|l| l.ffn).collect();
     check_scores("head", &scores.heads, &heads, true)?;
@@ -105,19 +99,66 @@ pub fn search(spec: &ModelSpec, scores: &Scores, keep: &Keep) -> Result<Budget> 
     if let Some(s) = scores.heads.iter().chain(&scores.ffn).flatten().find(|s| **s < 0.0) {
         return bad(format!("a score is {s}: a budget over heads and channels needs scores from 0"));
     }
-    // The epsilon keeps 0.3 * 10 at 3.
-    let least = |l: usize| heads[l] - (keep.max_heads_per_layer * heads[l] as f64 + 1e-9) as usize;
-    let heads = ranked(&scores.heads, 1, least);
-    let blocks = ranked(&scores.ffn, keep.align, |_| 1);
+    let order = |scores: &Vec<f32>| {
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+        order
+    };
+    Ok(Order { heads: scores.heads.iter().map(order).collect(), ffn: scores.ffn.iter().map(order).collect() })
+}
+
+/// Lists of what goes, given positions by layer.
+pub(super) fn removed(spec: &ModelSpec, mut heads: Vec<Vec<usize>>, ffn: Vec<Vec<usize>>) -> Budget {
+    for (list, layer) in heads.iter_mut().zip(&spec.layers) {
+        list.iter_mut().for_each(|i| *i = layer.heads[*i].into());
+    }
+    let cut = |lists: Vec<Vec<usize>>| Cut {
+        amount: Amount::List(lists.into_iter().enumerate().filter(|(_, list)| !list.is_empty()).collect()),
+        ..Cut::default()
+    };
+    Budget { layers: Amount::Nothing, heads: cut(heads), ffn: cut(ffn) }
+}
+
+/// Some groups of a layer that stay or go together.
+struct Block {
+    layer: usize,
+    members: Vec<usize>,
+    score: f64,
+    forced: bool,
+}
+
+/// Best first, those that must stay before all others; ties by layer and position.
+fn ranked(scores: &[Vec<f32>], order: &[Vec<usize>], block: usize, forced: impl Fn(usize) -> usize) -> Vec<Block> {
+    let mut all = vec![];
+    for (layer, (scores, order)) in scores.iter().zip(order).enumerate() {
+        for (i, members) in order.chunks(block).enumerate() {
+            let score = members.iter().map(|m| f64::from(scores[*m])).sum();
+            all.push(Block { layer, members: members.to_vec(), score, forced: i < forced(layer) });
+        }
+    }
+    let mean = |b: &Block| b.score / b.members.len() as f64;
+    all.sort_by(|a, b| b.forced.cmp(&a.forced).then(mean(b).total_cmp(&mean(a))));
+    all
+}
+
+/// The heads and channels to remove, as lists of a [`Budget`]. Every layer keeps at least its best block of channels,
+/// so that it keeps a group whatever happens to its heads.
+///
+/// # Errors
+/// Scores that do not fit or are negative, or a share that cannot be met.
+pub fn search(spec: &ModelSpec, scores: &Scores, costs: &Costs, keep: &Keep) -> Result<Budget> {
+    let order = checked(spec, scores, keep)?;
+    let heads = ranked(&scores.heads, &order.heads, 1, |l| keep.least_heads(spec.layers[l].heads.len()));
+    let blocks = ranked(&scores.ffn, &order.ffn, keep.align, |_| 1);
     let must = |b: &[Block]| b.iter().filter(|b| b.forced).count();
     let (must_heads, must_blocks) = (must(&heads), must(&blocks));
     // Cost and score of the first k blocks.
     let mut sums = vec![(0.0, 0.0)];
     for b in &blocks {
         let (cost, score) = sums[sums.len() - 1];
-        sums.push((cost + keep.costs.channel * b.members.len() as f64, score + b.score));
+        sums.push((cost + costs.channel * b.members.len() as f64, score + b.score));
     }
-    let total = keep.costs.of(spec);
+    let total = costs.of(spec);
     // A share that means a whole number of groups is not lost to rounding.
     let budget = keep.share * total * (1.0 + 1e-9);
     let mut best: Option<(f64, usize, usize)> = None;
@@ -126,7 +167,7 @@ pub fn search(spec: &ModelSpec, scores: &Scores, keep: &Keep) -> Result<Budget> 
         if n > 0 {
             head_score += heads[n - 1].score;
         }
-        let left = budget - keep.costs.head * n as f64;
+        let left = budget - costs.head * n as f64;
         let k = sums.partition_point(|(cost, _)| *cost <= left);
         if n < must_heads || k <= must_blocks {
             continue;
@@ -137,28 +178,20 @@ pub fn search(spec: &ModelSpec, scores: &Scores, keep: &Keep) -> Result<Budget> 
         }
     }
     let Some((_, n, k)) = best else {
-        let least = (keep.costs.head * must_heads as f64 + sums[must_blocks].0) / total;
-        return bad(format!(
-            "{:.1}% of the cost cannot be met: {must_heads} heads (max_per_layer {}) and a block of {} channels in \
-             every layer must stay, {:.1}%",
+        let least = (costs.head * must_heads as f64 + sums[must_blocks].0) / total;
+        return Err(Error::invalid(format!(
+            "{:.1}% of the cost cannot be met: {must_heads} {}, {:.1}%",
             100.0 * keep.share,
-            keep.max_heads_per_layer,
-            keep.align,
+            keep.must_stay(),
             100.0 * least
-        ));
+        )));
     };
     let gone = |blocks: &[Block]| {
-        let mut lists = super::ByLayer::new();
-        blocks.iter().for_each(|b| lists.entry(b.layer).or_default().extend_from_slice(&b.members));
-        Cut { amount: Amount::List(lists), ..Cut::default() }
+        let mut lists = vec![vec![]; spec.layers.len()];
+        blocks.iter().for_each(|b| lists[b.layer].extend_from_slice(&b.members));
+        lists
     };
-    let mut head_cut = gone(&heads[n..]);
-    if let Amount::List(lists) = &mut head_cut.amount {
-        for (l, list) in lists {
-            list.iter_mut().for_each(|i| *i = spec.layers[*l].heads[*i].into());
-        }
-    }
-    Ok(Budget { layers: Amount::Nothing, heads: head_cut, ffn: gone(&blocks[k..]) })
+    Ok(removed(spec, gone(&heads[n..]), gone(&blocks[k..])))
 }
 
 /// Which `removed.len()` groups of a layer to remove instead, given `fisher = sum over examples of g g^T` with g the
@@ -228,13 +261,13 @@ mod tests {
     }
 
     /// Every subset that the budget allows, and the best of them.
-    fn brute_force(spec: &ModelSpec, scores: &Scores, keep: &Keep) -> Option<f64> {
+    fn brute_force(spec: &ModelSpec, scores: &Scores, costs: &Costs, keep: &Keep) -> Option<f64> {
         let groups: Vec<(f64, f64)> = scores
             .heads
             .iter()
             .flatten()
-            .map(|s| (f64::from(*s), keep.costs.head))
-            .chain(scores.ffn.iter().flatten().map(|s| (f64::from(*s), keep.costs.channel)))
+            .map(|s| (f64::from(*s), costs.head))
+            .chain(scores.ffn.iter().flatten().map(|s| (f64::from(*s), costs.channel)))
             .collect();
         let heads = scores.heads.iter().flatten().count();
         let mut best = None;
@@ -248,7 +281,7 @@ mod tests {
                 at += l.ffn;
                 (at - l.ffn..at).any(kept)
             });
-            if fed && sum(|g| g.1) <= keep.share * keep.costs.of(spec) + 1e-9 {
+            if fed && sum(|g| g.1) <= keep.share * costs.of(spec) + 1e-9 {
                 best = best.max(Some((sum(|g| g.0) * 1e6) as i64));
             }
         }
@@ -264,8 +297,8 @@ mod tests {
             let scores =
                 Scores { heads: vec![random(3), random(2)], ffn: vec![random(4), random(5)], layers: vec![] };
             let costs = Costs::parameters(&spec);
-            let keep = Keep { costs, share, max_heads_per_layer: 1.0, align: 1 };
-            let budget = search(&spec, &scores, &keep).unwrap();
+            let keep = Keep { share, max_heads_per_layer: 1.0, align: 1 };
+            let budget = search(&spec, &scores, &costs, &keep).unwrap();
             let plan = super::super::plan(&spec, &scores, &budget).unwrap();
             let child = plan.child(&spec).unwrap();
             assert!(costs.of(&child) <= share * costs.of(&spec) + 1e-6);
@@ -274,7 +307,7 @@ mod tests {
                 kept -= plan.heads[l].iter().map(|h| f64::from(scores.heads[l][*h as usize])).sum::<f64>();
                 kept -= plan.ffn[l].iter().map(|c| f64::from(scores.ffn[l][*c])).sum::<f64>();
             }
-            let best = brute_force(&spec, &scores, &keep).unwrap();
+            let best = brute_force(&spec, &scores, &costs, &keep).unwrap();
             assert!((kept - best).abs() < 1e-4, "{share}: {kept} != {best}");
         }
     }
@@ -289,10 +322,13 @@ mod tests {
             layers: vec![],
         };
         let costs = Costs::parameters(&spec);
-        let keep = |share, max_heads_per_layer, align| Keep { costs, share, max_heads_per_layer, align };
+        let keep = |share, max_heads_per_layer, align| Keep { share, max_heads_per_layer, align };
         for (share, max, align) in [(0.5, 0.5, 8), (0.7, 0.25, 16), (0.4, 1.0, 8)] {
-            let plan =
-                super::super::plan(&spec, &scores, &search(&spec, &scores, &keep(share, max, align)).unwrap());
+            let plan = super::super::plan(
+                &spec,
+                &scores,
+                &search(&spec, &scores, &costs, &keep(share, max, align)).unwrap(),
+            );
             let child = plan.unwrap().child(&spec).unwrap();
             assert!(child.layers.iter().all(|l| l.ffn % align == 0 && l.ffn > 0), "{child:?}");
             assert!(child.layers.iter().all(|l| l.heads.len() as f64 >= 4.0 * (1.0 - max)), "{child:?}");
@@ -306,7 +342,7 @@ mod tests {
             (keep(0.5, 1.0, 1), Scores { heads: vec![ramp(4, -1.0), ramp(4, 1.0)], ..scores }, "scores from 0"),
         ];
         for (keep, scores, words) in refusals {
-            let e = search(&spec, &scores, &keep).unwrap_err().to_string();
+            let e = search(&spec, &scores, &costs, &keep).unwrap_err().to_string();
             assert!(e.contains(words), "{e}");
         }
     }

@@ -39,7 +39,7 @@ impl FourBitKind {
     }
 }
 
-/// What a 4-bit linear multiplies in.
+/// What a linear with 4-bit or float weights multiplies in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compute {
     /// Input, weight and result rounded to bfloat16, f32 accumulation.

@@ -5,6 +5,7 @@ use crate::batch::Encoding;
 use crate::data::{Dataset, Examples};
 use crate::dir::{self, Source};
 use crate::error::{Error, Result};
+use crate::quant::Compute;
 use crate::spec::ModelSpec;
 use crate::task::{Level, Task};
 use crate::tokenizer::Tokenizer;
@@ -26,6 +27,15 @@ impl Classifier {
     /// # Errors
     /// Whatever is wrong with the directory, or a model without a classification head.
     pub fn load(path: &Path, max_length: Option<usize>) -> Result<Classifier> {
+        Classifier::load_for(path, max_length, Compute::F32)
+    }
+
+    /// As [`Classifier::load`]; linears with float weights compute in `floats`: with [`Compute::Bf16`] inputs, weights and
+    /// results are rounded to bfloat16 and products are summed in f32.
+    ///
+    /// # Errors
+    /// As [`Classifier::load`].
+    pub fn load_for(path: &Path, max_length: Option<usize>, floats: Compute) -> Result<Classifier> {
         let source = Source::open(path)?;
         let (spec, labels) = (source.spec().clone(), source.labels().to_vec());
         let (task, max_length) = (source.task().unwrap_or_default(), max_length.or(source.max_length()));
@@ -33,7 +43,7 @@ impl Classifier {
         // Half of the time until the first answer is the tokeniser's.
         let (model, tokenizer) = std::thread::scope(|scope| {
             let tokenizer = scope.spawn(|| Tokenizer::new(&dir::read_tokenizer(path)?));
-            let model = Model::load(source);
+            let model = Model::load_for(source, floats);
             (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         });
         let (model, tokenizer) = (model?, tokenizer.map_err(|e| Error::file(path, e.to_string()))?);

@@ -6,19 +6,20 @@ use crate::quant::four_bit::{Absmax, Compute, FourBit};
 use crate::quant::int8::Int8Input;
 use crate::spec::{Activation, Lin, Tensor};
 use quetsch_kernels::gemm::{Size, Write, matmul};
+use quetsch_kernels::int8::{self, Range};
 use quetsch_kernels::isa::{Isa, bf16_is_fast, isa};
 use quetsch_kernels::panels::{Left, Precision, Source};
 use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::team::Team;
 use quetsch_kernels::window::Window;
-use quetsch_kernels::{four_bit, int8, math, panels};
+use quetsch_kernels::{four_bit, math, panels};
 
 /// What a linear reads.
 pub struct Input<'a> {
     /// `[rows, k]`
     pub values: &'a [f32],
-    /// The same quantised, where its producer did it.
-    pub int8: Option<int8::Rows<'a>>,
+    /// The same quantised, and in which range, where its producer did it.
+    pub int8: Option<(int8::Rows<'a>, Range)>,
     /// Rows.
     pub rows: usize,
     /// Row borders of the sequences.
@@ -31,11 +32,11 @@ enum Weight {
     Dense(Vec<f32>),
     /// The same in panels of 16 columns, where AVX-512 multiplies them.
     Panels(Vec<u32>),
-    /// int8 rows; the input quantised by row at run time.
-    Int8(int8::Matrix),
-    /// int8 rows; all inputs quantised with one absmax.
-    Static { matrix: int8::Matrix, absmax: f32 },
-    /// LLM.int8(): as `Int8`, but columns with an outlier are multiplied in float.
+    /// The same rounded to bf16, computed in bf16; in panels of what [`precision`] says.
+    Bf16(Vec<u32>),
+    /// int8 rows; the input quantised in this range: of its row, or static.
+    Int8 { matrix: int8::Matrix, range: Range },
+    /// LLM.int8(): as `Int8` by row, but columns with an outlier are multiplied in float.
     Mixed { matrix: int8::Matrix, threshold: f32 },
     /// 4-bit blocks in the order of panels, decoded some panels at a time.
     FourBit { panels: four_bit::Panels, values: four_bit::Values, absmax: Absmax, compute: Compute },
@@ -58,19 +59,21 @@ pub struct Linear {
 
 impl Linear {
     /// Packs the linears at `sites`, which read the same input, side by side; neighbours of one scheme become one
-    /// matrix.
-    pub fn pack(ck: &Checkpoint, sites: &[Lin]) -> Linear {
+    /// matrix. Float weights are multiplied in `floats`.
+    pub fn pack(ck: &Checkpoint, sites: &[Lin], floats: Compute) -> Linear {
         let bias: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::B(*s)).into_owned()).collect();
         let k = ck.spec.linears().iter().find(|(s, ..)| *s == sites[0]).map_or(0, |(_, _, k)| *k);
         let (mut parts, mut offset) = (vec![], 0);
         for group in sites.chunk_by(|a, b| one_matrix(ck.get(Tensor::W(*a)), ck.get(Tensor::W(*b)))) {
             let n = group.iter().map(|s| ck.get(Tensor::B(*s)).len()).sum();
             let weight = match ck.get(Tensor::W(group[0])) {
-                Stored::Float { .. } => in_float(ck, group, k, n),
+                Stored::Float { .. } => in_float(ck, group, k, n, floats),
                 Stored::Int8(q) => match q.input {
-                    Int8Input::Float => in_float(ck, group, k, n),
-                    Int8Input::Dynamic => Weight::Int8(int8_matrix(ck, group, k)),
-                    Int8Input::Static { absmax } => Weight::Static { matrix: int8_matrix(ck, group, k), absmax },
+                    Int8Input::Float => in_float(ck, group, k, n, floats),
+                    Int8Input::Dynamic => Weight::Int8 { matrix: int8_matrix(ck, group, k), range: Range::Row },
+                    Int8Input::Static { absmax } => {
+                        Weight::Int8 { matrix: int8_matrix(ck, group, k), range: Range::Fixed(absmax) }
+                    }
                     Int8Input::Mixed { threshold } => {
                         Weight::Mixed { matrix: int8_matrix(ck, group, k), threshold }
                     }
@@ -92,8 +95,8 @@ impl Linear {
     pub fn bytes(&self) -> usize {
         let one = |part: &Part| match &part.weight {
             Weight::Dense(w) => 4 * w.len(),
-            Weight::Panels(w) => 4 * w.len(),
-            Weight::Int8(matrix) | Weight::Static { matrix, .. } | Weight::Mixed { matrix, .. } => matrix.bytes(),
+            Weight::Panels(w) | Weight::Bf16(w) => 4 * w.len(),
+            Weight::Int8 { matrix, .. } | Weight::Mixed { matrix, .. } => matrix.bytes(),
             Weight::FourBit { panels, absmax, .. } => panels.bytes() + absmax.bytes(),
         };
         4 * self.bias.len() + self.parts.iter().map(one).sum::<usize>()
@@ -101,22 +104,27 @@ impl Linear {
 
     /// The kinds of multiply-adds, and how many of each a row of the input takes.
     pub fn arithmetic(&self) -> impl Iterator<Item = (Arithmetic, usize)> {
-        self.parts.iter().map(|part| {
+        let of = |compute| match precision(compute) {
+            Precision::F32 => Arithmetic::F32,
+            Precision::Bf16 => Arithmetic::Bf16,
+        };
+        self.parts.iter().map(move |part| {
             let kind = match &part.weight {
                 Weight::Dense(_) | Weight::Panels(_) => Arithmetic::F32,
-                Weight::Int8(_) | Weight::Static { .. } | Weight::Mixed { .. } => Arithmetic::Int8,
-                Weight::FourBit { compute, .. } => match precision(*compute) {
-                    Precision::F32 => Arithmetic::F32,
-                    Precision::Bf16 => Arithmetic::Bf16,
-                },
+                Weight::Int8 { .. } | Weight::Mixed { .. } => Arithmetic::Int8,
+                Weight::Bf16(_) => of(Compute::Bf16),
+                Weight::FourBit { compute, .. } => of(*compute),
             };
             (kind, part.n * self.k)
         })
     }
 
-    /// Whether it reads its input quantised to int8.
-    pub fn reads_int8(&self) -> bool {
-        self.parts.iter().any(|p| matches!(p.weight, Weight::Int8(_)))
+    /// The range in which it reads its input as int8, if it does; of several ranges the first.
+    pub fn reads_int8(&self) -> Option<Range> {
+        self.parts.iter().find_map(|p| match p.weight {
+            Weight::Int8 { range, .. } => Some(range),
+            _ => None,
+        })
     }
 
     /// out `[rows, n]` = f(x W^T + b).
@@ -128,7 +136,7 @@ impl Linear {
             // With no column of its own there may be no element behind the offset.
             let out = out.get_mut(part.offset..).unwrap_or_default();
             match &part.weight {
-                // By rows: the `gemm` crate sums in another order for few columns.
+                // By rows: the `gemm-f32` crate sums in another order for few columns.
                 Weight::Dense(w) => {
                     let share = split::rows_of_product(team, rows, k, n);
                     let pieces = out.chunks_mut((share * step).max(1)).enumerate().take(rows.div_ceil(share));
@@ -140,7 +148,8 @@ impl Linear {
                 }
                 Weight::Panels(w) => {
                     let left = Left::f32_rows(Source { data: x.values, stride: k });
-                    let pieces = split::columns(team, Window::new(out, rows, n, step), rows * n * k, TILE);
+                    let pieces =
+                        split::columns(team, Window::new(out, rows, n, step), rows * n * k, split::PRODUCTS, TILE);
                     team.each(pieces, |(first, mut out)| {
                         let (p, all) = (Precision::F32, 0..out.width());
                         panels::multiply_into(
@@ -154,22 +163,41 @@ impl Linear {
                         math::bias_activation(&mut out, &bias[first..], f);
                     });
                 }
-                Weight::Int8(w) => match x.int8 {
-                    Some(x) => integers(team, x, w, bias, f, Window::new(out, rows, n, step)),
-                    None => dynamic(x.values, w, bias, f, team, ws, Window::new(out, rows, n, step)),
-                },
-                Weight::Static { matrix, absmax } => {
-                    let x = ws.quantise_static(x.values, rows, k, *absmax);
-                    integers(team, x.rows(), matrix, bias, f, Window::new(out, rows, n, step));
-                    ws.free(x);
+                Weight::Bf16(w) => {
+                    let p = precision(Compute::Bf16);
+                    let read = AsRead::of(x.values, rows, k, Compute::Bf16, ws);
+                    let pieces =
+                        split::columns(team, Window::new(out, rows, n, step), rows * n * k, split::PRODUCTS, TILE);
+                    team.each(pieces, |(first, mut out)| {
+                        let (w, all) = (&w[p.panels_len(k, first)..], 0..out.width());
+                        panels::multiply_into(p, read.left(x.values, k), w, k, out.part(0..rows, all), Write::Set);
+                        math::bias_activation_bf16(&mut out, &bias[first..], f);
+                    });
+                    read.free(ws);
+                }
+                Weight::Int8 { matrix, range } => {
+                    let out = Window::new(out, rows, n, step);
+                    match x.int8.filter(|(_, is)| is == range) {
+                        Some((x, _)) => integers(team, x, matrix, bias, f, out),
+                        None => {
+                            let x = ws.quantise(team, x.values, rows, k, *range);
+                            integers(team, x.rows(), matrix, bias, f, out);
+                            ws.free(x);
+                        }
+                    }
                 }
                 Weight::Mixed { matrix, threshold } => {
                     let (quantised, outliers) = take_outliers(x, k, *threshold, team, ws);
                     let product = Window::new(out, rows, n, step);
-                    integers(team, quantised.rows(), matrix, &[], Activation::Identity, product);
+                    if outliers.columns == 0 {
+                        integers(team, quantised.rows(), matrix, bias, f, product);
+                        outliers.free(ws);
+                    } else {
+                        integers(team, quantised.rows(), matrix, &[], Activation::Identity, product);
+                        outliers.add_to(matrix, rows, ws, out, step);
+                        math::bias_activation(&mut Window::new(out, rows, n, step), bias, f);
+                    }
                     ws.free(quantised);
-                    outliers.add_to(matrix, rows, ws, out, step);
-                    math::bias_activation(&mut Window::new(out, rows, n, step), bias, f);
                 }
                 Weight::FourBit { panels, values, absmax, compute } => {
                     let w = (panels, values, absmax, *compute);
@@ -216,16 +244,23 @@ fn transposed(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Vec<f32> {
     out
 }
 
-/// Weights to be multiplied in f32, in the layout that this machine's product reads.
-fn in_float(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Weight {
-    if isa() < Isa::Avx512 {
+/// Weights to be multiplied in floats, in the layout that this machine's product reads.
+fn in_float(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize, compute: Compute) -> Weight {
+    if compute == Compute::F32 && isa() < Isa::Avx512 {
         return Weight::Dense(transposed(ck, sites, k, n));
     }
-    let values: Vec<_> = sites.iter().map(|s| ck.values(Tensor::W(*s))).collect();
+    let mut values: Vec<_> = sites.iter().map(|s| ck.values(Tensor::W(*s))).collect();
+    if compute == Compute::Bf16 {
+        values.iter_mut().flat_map(|w| w.to_mut()).for_each(|v| *v = math::bf16(*v));
+    }
     let rows: Vec<&[f32]> = values.iter().flat_map(|w| w.chunks_exact(k.max(1))).collect();
-    let mut out = vec![0; Precision::F32.panels_len(k, n)];
-    panels::pack_panels_across(Precision::F32, |c| rows[c], k, n, &mut out);
-    Weight::Panels(out)
+    let p = precision(compute);
+    let mut out = vec![0; p.panels_len(k, n)];
+    panels::pack_panels_across(p, |c| rows[c], k, n, &mut out);
+    match compute {
+        Compute::F32 => Weight::Panels(out),
+        Compute::Bf16 => Weight::Bf16(out),
+    }
 }
 
 /// 4-bit weights in the order in which they are decoded.
@@ -244,24 +279,9 @@ fn four_bit_panels(q: &FourBit, n: usize, k: usize) -> Weight {
 fn integers(team: &Team, x: int8::Rows, w: &int8::Matrix, bias: &[f32], f: Activation, out: Window) {
     let macs = out.rows() * out.width() * w.k();
     // Pairs of panels: the product takes them together.
-    team.each(split::columns(team, out, macs, 2 * int8::LANES), |(first, out)| {
+    team.each(split::columns(team, out, macs, split::PRODUCTS, 2 * int8::LANES), |(first, out)| {
         w.multiply_columns(x, first, bias, f, out);
     });
-}
-
-/// Input rows quantised by their own absmax at run time.
-fn dynamic(
-    values: &[f32],
-    w: &int8::Matrix,
-    bias: &[f32],
-    f: Activation,
-    team: &Team,
-    ws: &mut Workspace,
-    out: Window,
-) {
-    let x = ws.quantise(team, values, out.rows(), w.k());
-    integers(team, x.rows(), w, bias, f, out);
-    ws.free(x);
 }
 
 /// What bitsandbytes multiplies integers by instead of 1 / 127^2, through 1 / 127^2: it has the number to six digits.
@@ -315,7 +335,7 @@ pub(super) fn take_outliers(
             *v = 0.0;
         }
     });
-    let mut quantised = ws.quantise(team, &rest, x.rows, k);
+    let mut quantised = ws.quantise(team, &rest, x.rows, k, Range::Row);
     let (q, scale) = quantised.parts();
     places(&mut |r, c, _| q[r * int8::stride(k) + c] = 0);
     scale.iter_mut().for_each(|s| *s *= BITSANDBYTES);
@@ -360,7 +380,52 @@ impl Outliers {
     }
 }
 
-/// What a product with 4-bit weights multiplies.
+/// A float product's input as it is multiplied.
+enum AsRead {
+    /// As it is.
+    Plain,
+    /// f32 rounded to bf16; the buffer may be longer.
+    Rounded(Vec<f32>),
+    /// Packed as bf16; the buffer may be longer.
+    Packed(Vec<u32>),
+}
+
+impl AsRead {
+    /// `values: [rows, k]`
+    fn of(values: &[f32], rows: usize, k: usize, compute: Compute, ws: &mut Workspace) -> AsRead {
+        match (precision(compute), compute) {
+            (p @ Precision::Bf16, _) => {
+                let mut packed = ws.words(p.rows_len(rows, k));
+                panels::pack_rows(p, Source { data: values, stride: k }, rows, k, &mut packed);
+                AsRead::Packed(packed)
+            }
+            (Precision::F32, Compute::Bf16) => {
+                let mut rounded = ws.floats(rows * k);
+                math::round_to_bf16(&values[..rows * k], &mut rounded[..rows * k]);
+                AsRead::Rounded(rounded)
+            }
+            (Precision::F32, Compute::F32) => AsRead::Plain,
+        }
+    }
+
+    fn left<'a>(&'a self, values: &'a [f32], k: usize) -> Left<'a> {
+        match self {
+            AsRead::Plain => Left::f32_rows(Source { data: values, stride: k }),
+            AsRead::Rounded(values) => Left::f32_rows(Source { data: values, stride: k }),
+            AsRead::Packed(words) => Left::rows(words, Precision::Bf16, k),
+        }
+    }
+
+    fn free(self, ws: &mut Workspace) {
+        match self {
+            AsRead::Plain => {}
+            AsRead::Rounded(buffer) => ws.floats.push(buffer),
+            AsRead::Packed(buffer) => ws.words.push(buffer),
+        }
+    }
+}
+
+/// What a product that computes so multiplies.
 fn precision(compute: Compute) -> Precision {
     if compute == Compute::Bf16 && bf16_is_fast() { Precision::Bf16 } else { Precision::F32 }
 }
@@ -383,22 +448,10 @@ fn four_bits(
     out: Window,
 ) {
     let (m, macs) = (out.rows(), out.rows() * out.width() * k);
-    let (p, bf16) = (precision(compute), compute == Compute::Bf16);
-    let (mut rounded, mut packed) = (vec![], vec![]);
-    let left = match (p, bf16) {
-        (Precision::Bf16, _) => {
-            packed = ws.words(p.rows_len(m, k));
-            panels::pack_rows(p, Source { data: values, stride: k }, m, k, &mut packed);
-            Left::rows(&packed, p, k)
-        }
-        (Precision::F32, true) => {
-            rounded = ws.floats(m * k);
-            math::round_to_bf16(&values[..m * k], &mut rounded[..m * k]);
-            Left::f32_rows(Source { data: &rounded, stride: k })
-        }
-        (Precision::F32, false) => Left::f32_rows(Source { data: values, stride: k }),
-    };
-    let pieces = split::columns(team, out, macs, TILE);
+    let p = precision(compute);
+    let read = AsRead::of(values, m, k, compute, ws);
+    let left = read.left(values, k);
+    let pieces = split::columns(team, out, macs, split::PRODUCTS, TILE);
     let mut decoded_panels: Vec<_> = pieces.iter().map(|_| ws.words(p.panels_len(k, TILE))).collect();
     team.each(pieces.into_iter().zip(&mut decoded_panels).collect(), |((start, mut out), right)| {
         for c in (0..out.width()).step_by(TILE) {
@@ -407,18 +460,60 @@ fn four_bits(
             let out = out.part(0..m, c..c + width);
             panels::multiply_into(p, left, right, k, out, Write::Set);
         }
-        match bf16 {
-            true => math::bias_activation_bf16(&mut out, &bias[start..], f),
-            false => math::bias_activation(&mut out, &bias[start..], f),
+        match compute {
+            Compute::Bf16 => math::bias_activation_bf16(&mut out, &bias[start..], f),
+            Compute::F32 => math::bias_activation(&mut out, &bias[start..], f),
         }
     });
-    ws.floats.extend(Some(rounded).filter(|b| !b.is_empty()));
-    ws.words.extend(decoded_panels.into_iter().chain(Some(packed).filter(|b| !b.is_empty())));
+    read.free(ws);
+    ws.words.extend(decoded_panels);
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::ALONE;
     use super::*;
+    use crate::spec::{Family, HeadSpec, LayerShape, ModelSpec};
+
+    /// Against f64: what is rounded to bfloat16, and that sums are not.
+    #[test]
+    fn bf16_rounds_inputs_weights_bias_and_result() {
+        let spec = ModelSpec {
+            family: Family::Bert,
+            prefix: "bert.".into(),
+            vocab: 5,
+            positions: 8,
+            token_types: 2,
+            hidden: 70,
+            head_dim: 10,
+            original_heads: 1,
+            layers: vec![LayerShape { heads: vec![0], ffn: 99 }],
+            ffn_activation: Activation::Gelu,
+            norm_eps: 1e-6,
+            head: HeadSpec::None,
+            unused_pooler: false,
+        };
+        let mut ck = Checkpoint::random(spec, vec![], 1).unwrap();
+        let noise = |i: usize, seed: usize| ((i * 7919 + seed) as f32 * 0.37).sin();
+        let (rows, k, n) = (9, 70, 99);
+        ck.set(Tensor::W(Lin::Up(0)), Stored::f32((0..n * k).map(|i| noise(i, 1)).collect()));
+        ck.set(Tensor::B(Lin::Up(0)), Stored::f32((0..n).map(|i| noise(i, 2)).collect()));
+        let x: Vec<f32> = (0..rows * k).map(|i| noise(i, 3)).collect();
+        let linear = Linear::pack(&ck, &[Lin::Up(0)], Compute::Bf16);
+        let (mut ws, mut out) = (Workspace::default(), vec![0.0; rows * n]);
+        let input = Input { values: &x, int8: None, rows, starts: &[0, rows] };
+        linear.run(&input, Activation::Identity, &ALONE, &mut ws, &mut out);
+        let (w, bias) = (ck.values(Tensor::W(Lin::Up(0))), ck.values(Tensor::B(Lin::Up(0))));
+        let near = |x: f32| f64::from(math::bf16(x));
+        for (i, got) in out.iter().enumerate() {
+            let (r, c) = (i / n, i % n);
+            let sum: f64 = (0..k).map(|j| near(x[r * k + j]) * near(w[c * k + j])).sum();
+            let want = sum + near(bias[c]);
+            // Half a step of bfloat16, and what f32 sums may move.
+            assert!((f64::from(*got) - want).abs() <= want.abs() / 256.0 + 1e-5, "{r},{c}: {got} {want}");
+            assert_eq!(math::bf16(*got), *got);
+        }
+    }
 
     #[test]
     fn half_precision_is_rounded_as_stored_weights_are() {

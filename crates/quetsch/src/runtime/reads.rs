@@ -5,7 +5,8 @@ use super::linear::{Input, take_outliers};
 use super::{ALONE, Workspace};
 use crate::checkpoint::Stored;
 use crate::quant::{Compute, Int8Input};
-use quetsch_kernels::{int8, math};
+use quetsch_kernels::int8::{self, Range};
+use quetsch_kernels::math;
 
 /// What happens to an input before it is multiplied.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,11 +43,9 @@ impl Reads {
         match self {
             Reads::Floats | Reads::Int8(Int8Input::Float) => out.copy_from_slice(values),
             Reads::Bf16 => math::round_to_bf16(values, out),
-            Reads::Int8(Int8Input::Dynamic) => by_row(values, x.rows, k, ws, out),
+            Reads::Int8(Int8Input::Dynamic) => in_range(Range::Row, values, x.rows, k, ws, out),
             Reads::Int8(Int8Input::Static { absmax }) => {
-                let q = ws.quantise_static(values, x.rows, k, absmax);
-                decode(&q.rows(), k, out);
-                ws.free(q);
+                in_range(Range::Fixed(absmax), values, x.rows, k, ws, out);
             }
             Reads::Int8(Int8Input::Mixed { threshold }) => {
                 let (q, outliers) = take_outliers(x, k, threshold, &ALONE, ws);
@@ -58,8 +57,8 @@ impl Reads {
     }
 }
 
-fn by_row(values: &[f32], rows: usize, k: usize, ws: &mut Workspace, out: &mut [f32]) {
-    let q = ws.quantise(&ALONE, values, rows, k);
+fn in_range(range: Range, values: &[f32], rows: usize, k: usize, ws: &mut Workspace, out: &mut [f32]) {
+    let q = ws.quantise(&ALONE, values, rows, k, range);
     decode(&q.rows(), k, out);
     ws.free(q);
 }

@@ -88,12 +88,14 @@ struct Earlier {
 pub fn search(file: &SearchFile, options: Options, ui: &Ui) -> Result<Found> {
     let _alone = super::alone(&file.out, || false)?;
     file.warnings.iter().for_each(|w| ui.warn(w));
+    let local = file.fetched(ui)?;
+    let (named, file) = (file, &local);
     // What cannot be asked for is known before anything is trained.
     if let Some(start) = file.teacher.as_ref().or(file.model.as_ref()) {
         shapes(&file.space, &dir::read_checkpoint(start)?.spec)?;
     }
     let split = split(file, ui)?;
-    let key = hash_of(&[&serde_json::to_string(file)?, &split.hash, env!("CARGO_PKG_VERSION")]);
+    let key = hash_of(&[&serde_json::to_string(named)?, &split.hash, env!("CARGO_PKG_VERSION")]);
     let earlier =
         std::fs::read(file.out.join(RECORD)).ok().and_then(|b| serde_json::from_slice::<Earlier>(&b).ok());
     if earlier.as_ref().is_some_and(|e| e.finished && e.key == key) && !options.again {

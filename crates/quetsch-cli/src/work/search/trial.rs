@@ -154,6 +154,8 @@ impl Trial {
             seed: search.file.seed,
             threads: None,
             cache: Some(search.file.out.join("cache")),
+            fetched: None,
+            card: Default::default(),
             data,
             stages: self.kind.iter().map(|kind| Stage { id: MODEL.into(), kind: kind.clone() }).collect(),
             warnings: vec![],

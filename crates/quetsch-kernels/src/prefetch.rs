@@ -1,0 +1,61 @@
+//! Weights that come next, fetched into the second-level cache while others are multiplied. They lie in a slower cache or
+//! in memory, and the streams that a CPU finds by itself end with every panel.
+
+/// The share of one block of rows: the blocks that multiply by a group of panels fetch the next group together.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    /// Bytes from where the next group begins.
+    from: usize,
+    to: usize,
+    /// Whether as many lines as there are panels for each vector of a panel, and not one.
+    all: bool,
+}
+
+/// Bytes of a line of cache.
+const LINE: usize = 64;
+
+impl Ahead {
+    pub const NOTHING: Ahead = Ahead { from: 0, to: 0, all: false };
+
+    /// That of block `i` of `blocks`, of a group of `panels` panels of `vectors` lines each.
+    pub fn of(i: usize, blocks: usize, panels: usize, vectors: usize) -> Ahead {
+        let line = |i: usize| panels * vectors * i / blocks * LINE;
+        Ahead { from: line(i), to: line(i + 1), all: blocks < panels }
+    }
+
+    /// The next group stands at `at`.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub fn behind<T>(self, at: *const T) -> Next {
+        let at = at.cast::<i8>();
+        Next { at: at.wrapping_add(self.from), end: at.wrapping_add(self.to), all: self.all }
+    }
+}
+
+/// What is still to be fetched.
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Next {
+    at: *const i8,
+    end: *const i8,
+    all: bool,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Next {
+    /// One line, or `PANELS` lines. Behind the last panel they are of no use and do no harm: a prefetch may name any
+    /// address.
+    #[inline(always)]
+    pub fn fetch<const PANELS: usize>(&mut self) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that the program could see.
+        let line = |at: *const i8| unsafe { _mm_prefetch::<_MM_HINT_T1>(at) };
+        if self.at < self.end {
+            line(self.at);
+            if self.all {
+                (1..PANELS).for_each(|i| line(self.at.wrapping_add(i * LINE)));
+                self.at = self.at.wrapping_add((PANELS - 1) * LINE);
+            }
+            self.at = self.at.wrapping_add(LINE);
+        }
+    }
+}

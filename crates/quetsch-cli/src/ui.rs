@@ -128,6 +128,12 @@ impl Bar {
         }
     }
 
+    /// There is more to do than was thought.
+    pub fn extend(&mut self, total: u64) {
+        self.total = self.total.max(total);
+        self.bar.set_length(self.total);
+    }
+
     /// A line that stays.
     pub fn line(&mut self, text: impl std::fmt::Display) {
         self.last_line = Instant::now();

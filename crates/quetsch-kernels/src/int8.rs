@@ -287,7 +287,10 @@ mod tests {
         let bias: Vec<f32> = (0..n).map(|c| 100.0 - c as f32).collect();
         let x = padded(&q, rows, k);
         let x = Rows { q: &x, scale: &row_scale };
-        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx].into_iter().filter(|i| *i <= Isa::best()) {
+        for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx]
+            .into_iter()
+            .filter(|i| *i <= Isa::best())
+        {
             let m = Matrix::for_isa(&w, scale.clone(), k, isa);
             let step = n + extra;
             let shape = format!("{isa:?} {rows}x{n}x{k}");

@@ -8,7 +8,7 @@ use crate::exit::usage;
 use crate::hub;
 use crate::settings::{Data, Distill, Prune, Quantize, Search, Space, Train};
 use crate::ui::Ui;
-use crate::values::Amount;
+use crate::values::{Amount, SiteRule};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -203,10 +203,14 @@ impl Source {
         Ok(SearchFile { warnings, ..file })
     }
 
-    /// The `[[quantize]]` sections; without any, int8.
+    /// The `[[quantize]]` sections; without any, int8 with the embedding tables, most of a small encoder, as well.
     fn storings(&self, warnings: &mut Vec<String>) -> Result<Vec<Storing>> {
         let sections = match self.table.get("quantize") {
-            None => return Ok(vec![Storing { id: "int8".into(), settings: Quantize::default() }]),
+            None => {
+                let tables = SiteRule { site: "embeddings.*".into(), scheme: "int8".into() };
+                let settings = Quantize { site: vec![tables], ..Quantize::default() };
+                return Ok(vec![Storing { id: "int8".into(), settings }]);
+            }
             Some(Value::Array(sections)) => sections.as_slice(),
             Some(_) => {
                 return Err(

@@ -148,7 +148,8 @@ impl Linear {
                 }
                 Weight::Panels(w) => {
                     let left = Left::f32_rows(Source { data: x.values, stride: k });
-                    let pieces = split::columns(team, Window::new(out, rows, n, step), rows * n * k, split::PRODUCTS, TILE);
+                    let pieces =
+                        split::columns(team, Window::new(out, rows, n, step), rows * n * k, split::PRODUCTS, TILE);
                     team.each(pieces, |(first, mut out)| {
                         let (p, all) = (Precision::F32, 0..out.width());
                         panels::multiply_into(
@@ -165,7 +166,8 @@ impl Linear {
                 Weight::Bf16(w) => {
                     let p = precision(Compute::Bf16);
                     let read = AsRead::of(x.values, rows, k, Compute::Bf16, ws);
-                    let pieces = split::columns(team, Window::new(out, rows, n, step), rows * n * k, split::PRODUCTS, TILE);
+                    let pieces =
+                        split::columns(team, Window::new(out, rows, n, step), rows * n * k, split::PRODUCTS, TILE);
                     team.each(pieces, |(first, mut out)| {
                         let (w, all) = (&w[p.panels_len(k, first)..], 0..out.width());
                         panels::multiply_into(p, read.left(x.values, k), w, k, out.part(0..rows, all), Write::Set);

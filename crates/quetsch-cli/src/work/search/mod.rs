@@ -388,6 +388,7 @@ impl Search<'_> {
         let key = trial::key(&kind, parent, &self.data_hash, self.file.seed)?;
         let trial = Trial::planned(name, stage, key, &self.file.out.join("trials"), kind);
         self.trials.push(Trial { epochs, macs, ..trial });
+        self.bar.extend(self.trials.len() as u64);
         Ok(self.trials.len() - 1)
     }
 

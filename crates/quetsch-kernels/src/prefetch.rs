@@ -7,20 +7,20 @@ pub(crate) struct Ahead {
     /// Bytes from where the next group begins.
     from: usize,
     to: usize,
-    /// Whether as many lines as there are panels for each vector of a panel, and not one.
-    all: bool,
+    /// Lines for each vector of a panel.
+    lines: usize,
 }
 
 /// Bytes of a line of cache.
 const LINE: usize = 64;
 
 impl Ahead {
-    pub const NOTHING: Ahead = Ahead { from: 0, to: 0, all: false };
+    pub const NOTHING: Ahead = Ahead { from: 0, to: 0, lines: 0 };
 
     /// That of block `i` of `blocks`, of a group of `panels` panels of `vectors` lines each.
     pub fn of(i: usize, blocks: usize, panels: usize, vectors: usize) -> Ahead {
         let line = |i: usize| panels * vectors * i / blocks * LINE;
-        Ahead { from: line(i), to: line(i + 1), all: blocks < panels }
+        Ahead { from: line(i), to: line(i + 1), lines: panels.div_ceil(blocks) }
     }
 
     /// The next group stands at `at`.
@@ -28,7 +28,7 @@ impl Ahead {
     #[inline(always)]
     pub fn behind<T>(self, at: *const T) -> Next {
         let at = at.cast::<i8>();
-        Next { at: at.wrapping_add(self.from), end: at.wrapping_add(self.to), all: self.all }
+        Next { at: at.wrapping_add(self.from), end: at.wrapping_add(self.to), lines: self.lines }
     }
 }
 
@@ -37,25 +37,23 @@ impl Ahead {
 pub(crate) struct Next {
     at: *const i8,
     end: *const i8,
-    all: bool,
+    lines: usize,
 }
 
 #[cfg(target_arch = "x86_64")]
 impl Next {
-    /// One line, or `PANELS` lines. Behind the last panel they are of no use and do no harm: a prefetch may name any
-    /// address.
+    /// As many lines as one vector of each of `PANELS` panels has to fetch.
     #[inline(always)]
     pub fn fetch<const PANELS: usize>(&mut self) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: SSE is part of x86-64, and a prefetch reads nothing that the program could see.
-        let line = |at: *const i8| unsafe { _mm_prefetch::<_MM_HINT_T1>(at) };
         if self.at < self.end {
-            line(self.at);
-            if self.all {
-                (1..PANELS).for_each(|i| line(self.at.wrapping_add(i * LINE)));
-                self.at = self.at.wrapping_add((PANELS - 1) * LINE);
+            for i in 0..PANELS {
+                if i < self.lines {
+                    // SAFETY: SSE is part of x86-64, and a prefetch may name any address.
+                    unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.wrapping_add(i * LINE)) };
+                }
             }
-            self.at = self.at.wrapping_add(LINE);
+            self.at = self.at.wrapping_add(self.lines * LINE);
         }
     }
 }

@@ -70,7 +70,10 @@ pub(crate) unsafe fn product(p: &Product, out: *mut f32) {
                 let first = strip + first;
                 // A few rows are through before what is fetched could come, and four panels are four streams, which the
                 // CPU finds.
-                let ahead = if rows <= 6 { Ahead::NOTHING } else { Ahead::of(i, blocks, group, stride(p.k) / 4) };
+                let ahead = match rows > 6 && panel + group < panels {
+                    true => Ahead::of(i, blocks, group, stride(p.k) / 4),
+                    false => Ahead::NOTHING,
+                };
                 // SAFETY: passed on.
                 unsafe {
                     match group {

@@ -330,7 +330,11 @@ pub fn multiply_into(p: Precision, a: Left, b: &[u32], k: usize, mut out: Window
                     panel,
                     words: used,
                     add,
-                    ahead: if c + WIDE * LINE < n { Ahead::of(i, tiles, WIDE, panel / LINE) } else { Ahead::NOTHING },
+                    ahead: if c + WIDE * LINE < n {
+                        Ahead::of(i, tiles, WIDE, panel / LINE)
+                    } else {
+                        Ahead::NOTHING
+                    },
                 };
                 t.run(p, &mut out.part(r..(r + TALL).min(end), c..(c + WIDE * LINE).min(n)));
             }

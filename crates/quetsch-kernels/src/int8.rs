@@ -305,9 +305,8 @@ mod tests {
                 assert!(exact[r * step + n..(r + 1) * step].iter().all(|v| *v == -7.0), "{shape} wrote too far");
             }
             let mut out = vec![-7.0; rows * step];
-            let after: [(Activation, fn(f32) -> f32); 2] =
-                [(Activation::Relu, |x| x.max(0.0)), (Activation::Gelu, crate::math::gelu)];
-            for (f, plain) in after {
+            for f in [Activation::Relu, Activation::Gelu] {
+                let plain = |x: f32| if f == Activation::Relu { x.max(0.0) } else { crate::math::gelu(x) };
                 m.multiply(x, &bias, f, &mut out, step);
                 for (r, c) in (0..rows).flat_map(|r| (0..n).map(move |c| (r, c))) {
                     let want = plain(exact[r * step + c] + bias[c]);

@@ -239,8 +239,8 @@ fn at(points: &[(usize, f64)], n: usize) -> f64 {
     }
 }
 
-/// The heads and channels to remove so that those that stay take at most `keep.share` of the time of all (up to 0.1%, see
-/// [`STEPS`]), with the highest sum of scores. Every layer keeps at least its best block of channels.
+/// The heads and channels to remove so that those that stay take at most `keep.share` of the time of all (up to 0.1%: time
+/// is counted in 20,000 steps), with the highest sum of scores. Every layer keeps at least its best block of channels.
 ///
 /// # Errors
 /// Scores or a table that do not fit, or a share that cannot be met.

@@ -243,9 +243,8 @@ fn tokens_open_and_stay_at_home() {
     let place = Place::new();
     let hub = hub(&place);
     let other = Hub::start();
-    for (name, bytes) in [("model.safetensors", common_weights())] {
-        other.add(MODEL, &commit('a'), name, &bytes, &sha256(&bytes));
-    }
+    let weights = common_weights();
+    other.add(MODEL, &commit('a'), "model.safetensors", &weights, &sha256(&weights));
     hub.behave(Manners { token: Some("secret".into()), elsewhere: Some(other.port), ..Manners::default() });
     fails(&place, &hub, PREDICT, &["401", "Invalid username or password.", "HF_TOKEN", "org/tiny"]);
     let done = run_with(&place, &hub, PREDICT, &[("HF_TOKEN", "wrong")]);

@@ -65,14 +65,17 @@ fn expanded(path: &str, var: &impl Fn(&str) -> Option<String>) -> PathBuf {
 mod tests {
     use super::*;
 
-    fn read(set: &[(&str, &str)]) -> Environment {
+    /// Variables and their values.
+    type Set<'a> = &'a [(&'a str, &'a str)];
+
+    fn read(set: Set) -> Environment {
         let found = |name: &str| set.iter().find(|(n, _)| *n == name).map(|(_, v)| v.to_string());
         Environment::read(found).expect("sound")
     }
 
     #[test]
     fn the_cache_is_where_python_has_it() {
-        let rows: [(&[(&str, &str)], &str); 5] = [
+        let rows: [(Set, &str); 5] = [
             (&[("HF_HOME", "/h"), ("XDG_CACHE_HOME", "/x")], "/h/hub"),
             (&[("HF_HOME", "/h"), ("HUGGINGFACE_HUB_CACHE", "/old")], "/old"),
             (&[("HF_HUB_CACHE", "/c"), ("HUGGINGFACE_HUB_CACHE", "/old")], "/c"),
@@ -90,7 +93,7 @@ mod tests {
         let path = dir.path().join("token");
         std::fs::write(&path, "from-file\n").expect("written");
         let (home, path) = (dir.path().to_str().expect("UTF-8"), path.to_str().expect("UTF-8"));
-        let rows: [(&[(&str, &str)], Option<&str>); 5] = [
+        let rows: [(Set, Option<&str>); 5] = [
             (&[("HF_HOME", home), ("HF_TOKEN", " t ")], Some("t")),
             (&[("HF_HOME", home)], Some("from-file")),
             (&[("HF_HOME", "/nowhere"), ("HF_TOKEN_PATH", path)], Some("from-file")),

@@ -72,7 +72,7 @@ impl<'a> Visit<'a> {
         let listed = known.as_ref().and_then(|commit| self.cache.listing(commit));
         if let (Some(commit), true) = (&known, self.env.offline || listed.is_some()) {
             let names = listed.unwrap_or_else(|| self.cache.present(commit));
-            match self.from_cache(commit, &names, &pick) {
+            match self.cached(commit, &names, &pick) {
                 Ok(found) => return Ok((self.cache.snapshot(commit), found)),
                 Err(e) if self.env.offline => return Err(e),
                 Err(_) => {}
@@ -91,7 +91,7 @@ impl<'a> Visit<'a> {
         let listing = match (wire.listing(self.repo, revision), &known) {
             (Ok(listing), _) => listing,
             (Err(e), Some(commit)) if e.downcast_ref::<NotFound>().is_none() => {
-                let Ok(found) = self.from_cache(commit, &self.cache.present(commit), &pick) else { return Err(e) };
+                let Ok(found) = self.cached(commit, &self.cache.present(commit), &pick) else { return Err(e) };
                 self.ui.warn(format!("{e:#}; using the cache's {} at {revision}, commit {commit}", self.repo.id));
                 return Ok((self.cache.snapshot(commit), found));
             }
@@ -115,12 +115,7 @@ impl<'a> Visit<'a> {
         Ok((self.cache.snapshot(commit), found))
     }
 
-    fn from_cache<T>(
-        &self,
-        commit: &str,
-        names: &[String],
-        pick: &impl Fn(&[String], Get) -> Result<T>,
-    ) -> Result<T> {
+    fn cached<T>(&self, commit: &str, names: &[String], pick: &impl Fn(&[String], Get) -> Result<T>) -> Result<T> {
         let mut get = |name: &str| match self.cache.file(commit, name)? {
             Some(path) => Ok(path),
             None => bail!(

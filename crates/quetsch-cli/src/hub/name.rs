@@ -81,7 +81,7 @@ impl Repo {
                 None => (None, text),
                 Some((config, split)) => (Some(config.to_string()), split),
             };
-            let plain = config.iter().map(String::as_str).chain([split]).all(|part| is_plain(part));
+            let plain = config.iter().map(String::as_str).chain([split]).all(is_plain);
             ensure!(plain, "{PREFIX}{name}:{text}: expected a split (train) or CONFIG/SPLIT (default/train)");
             Ok(Split { config, split: split.to_string() })
         });

@@ -210,7 +210,8 @@ struct MeasuredOn {
 fn measured(recipe: &Recipe, stages: &[Stage], options: &Options, ui: &Ui) -> Result<MeasuredOn> {
     let data = recipe.local_data().clone();
     let asks = |s: &Stage| matches!(s.kind, Kind::Compare(_) | Kind::Eval(_));
-    if data.test.is_some() || !(stages.iter().any(asks) || !options.gates.is_empty()) {
+    let is_asked = stages.iter().any(asks) || !options.gates.is_empty();
+    if data.test.is_some() || !is_asked {
         return Ok(MeasuredOn { data, is_held_out: false });
     }
     let missing = "no test data: set data.test";

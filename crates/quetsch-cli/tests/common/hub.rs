@@ -213,7 +213,7 @@ impl Hub {
         }
         let size = file.bytes.len();
         let range = range.filter(|_| !manners.no_range);
-        let asked = range.as_ref().and_then(|r| r.strip_prefix("bytes=")?.split_once('-').map(|(a, b)| (a, b)));
+        let asked = range.as_ref().and_then(|r| r.strip_prefix("bytes=")?.split_once('-'));
         let (status, from, to_byte) = match asked {
             None => ("200 OK", 0, size),
             Some((from, end)) => {

@@ -238,7 +238,8 @@ fn f16_on_avx512(x: &[f32], y: &mut [f32]) {
     for (x, y) in x.iter().zip(y) {
         // SAFETY: 16 floats each.
         unsafe {
-            let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm512_loadu_ps(x.as_ptr()));
+            let half =
+                _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm512_loadu_ps(x.as_ptr()));
             _mm512_storeu_ps(y.as_mut_ptr(), _mm512_cvtph_ps(half));
         }
     }

@@ -101,6 +101,10 @@ def load(folder, trust_remote_code=False):
     else:
         options |= {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
     model, info = (StudentHFModel if student else AutoModelForSequenceClassification).from_pretrained(folder, **options)
+    # transformers 5.23 leaves weights of remote-code classes in their stored type where others are quantised.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights for AVX512-BF16 on first use, which rounds; take the exact path.
         if type(module).__name__ == "Linear4bit":

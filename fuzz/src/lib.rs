@@ -66,6 +66,17 @@ pub fn folder() -> PathBuf {
     folder
 }
 
+/// Panics of a library are not findings if the reader makes errors of them: whoever lets one through ends the process
+/// all the same.
+pub fn allow_panics_of(library: &'static str) {
+    let abort = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !panic.location().is_some_and(|at| at.file().contains(library)) {
+            abort(panic);
+        }
+    }));
+}
+
 /// Writes what `make` gives to the folder that `SEEDS` names and ends, if there is one: `fuzz/run` asks for it.
 pub fn seeds(make: impl FnOnce() -> Vec<Vec<u8>>) {
     let Some(place) = std::env::var_os("SEEDS").map(PathBuf::from) else { return };

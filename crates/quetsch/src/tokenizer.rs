@@ -48,7 +48,7 @@ fn invalid(what: &str) -> impl FnOnce(tokenizers::Error) -> Error {
 
 /// A call of the tokenizers library, which panics on some of what it cannot use (a decoder of no known kind, a damaged
 /// table of characters): then the tokenizer's files are wrong as well.
-fn call<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+fn guarded<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     // What f changes is not used after a panic: it is an error of the whole call.
     let done = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| {
         Err("the tokenizers library cannot use it; write it again with \
@@ -68,7 +68,7 @@ impl Tokenizer {
             (Some(json), _) => {
                 serde_json::from_slice::<IgnoredAny>(json)
                     .map_err(|e| Error::invalid(format!("tokenizer.json: not JSON: {e}")))?;
-                call("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?
+                guarded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?
             }
             (None, Some(vocab)) => bert(vocab, &BertOptions::read(files)?)?,
             (None, None) => {
@@ -79,7 +79,7 @@ impl Tokenizer {
                 ));
             }
         };
-        call("tokenizer", || inner.with_truncation(None).map(|_| ()))?;
+        guarded("tokenizer", || inner.with_truncation(None).map(|_| ()))?;
         inner.with_padding(None);
         Ok(Tokenizer { inner })
     }
@@ -121,7 +121,7 @@ impl Tokenizer {
     pub fn encode_words(&self, words: &[String], max_length: usize) -> Result<(Encoding, Vec<Option<u32>>)> {
         let special = self.room_for_special(false, max_length)?;
         let cut = TruncationParams { max_length: max_length - special, ..TruncationParams::default() };
-        let e = call("tokenizer", || {
+        let e = guarded("tokenizer", || {
             let plain = self.inner.encode(EncodeInput::from(words), false)?;
             let (plain, _) = truncate_encodings(plain, None, &cut)?;
             self.inner.post_process(plain, None, true)
@@ -173,7 +173,7 @@ impl Tokenizer {
         let cut = TruncationParams { max_length: max_length - special, direction, ..TruncationParams::default() };
         let pair = b.map(plain).transpose()?;
         let a = plain(a)?;
-        let e = call("tokenizer", || {
+        let e = guarded("tokenizer", || {
             let (a, b) = truncate_encodings(a, pair, &cut)?;
             self.inner.post_process(a, b, true)
         })?;
@@ -189,7 +189,7 @@ impl Tokenizer {
     fn beginning(&self, text: &str, enough: usize) -> Result<tokenizers::Encoding> {
         const LONG: usize = 1 << 14; // bytes
         const LAST_FEW: usize = 16;
-        let encode = |text: &str| call("tokenizer", || self.inner.encode_fast(EncodeInput::from(text), false));
+        let encode = |text: &str| guarded("tokenizer", || self.inner.encode_fast(EncodeInput::from(text), false));
         let mut size = LONG;
         while size < text.len() && enough < usize::MAX {
             let cut = text.char_indices().skip_while(|(i, _)| *i < size).find(|(_, c)| c.is_whitespace());
@@ -250,11 +250,11 @@ impl Tokenizer {
 
     /// What the post-processor does to one and two texts: `BertProcessing` and `TemplateProcessing` can say the same.
     fn special_layout(&self) -> Value {
-        let probe = || call("tokenizer", || self.inner.encode_fast("a", false)).unwrap_or_default();
+        let probe = || guarded("tokenizer", || self.inner.encode_fast("a", false)).unwrap_or_default();
         [None, Some(probe())]
             .into_iter()
             .map(|pair| {
-                let e = call("tokenizer", || self.inner.post_process(probe(), pair, true)).unwrap_or_default();
+                let e = guarded("tokenizer", || self.inner.post_process(probe(), pair, true)).unwrap_or_default();
                 json!([e.get_ids(), e.get_type_ids()])
             })
             .collect()

@@ -84,7 +84,7 @@ fn what_is_no_parquet_says_so() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     /// A damaged file is an answer or an error.
     #[test]

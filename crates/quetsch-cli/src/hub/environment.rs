@@ -51,6 +51,16 @@ impl Environment {
         let offline = is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE");
         Ok(Environment { endpoint, cache, offline, token })
     }
+
+    /// Whether what is sent to the endpoint can be read on the way.
+    pub fn is_open(&self) -> bool {
+        let host = self.endpoint.strip_prefix("http://");
+        host.is_some_and(|h| {
+            !["127.0.0.1", "localhost", "[::1]"]
+                .iter()
+                .any(|own| h.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with([':', '/'])))
+        })
+    }
 }
 
 /// `~` at the start is the home directory.
@@ -109,6 +119,15 @@ mod tests {
     fn switches_and_endpoints() {
         let h = ("HF_HOME", "/h");
         assert_eq!(read(&[h, ("HF_ENDPOINT", "https://hf-mirror.com/")]).endpoint, "https://hf-mirror.com");
+        for (endpoint, want) in [
+            ("https://a.example", false),
+            ("http://a.example", true),
+            ("http://localhost:80", false),
+            ("http://127.0.0.1", false),
+            ("http://localhost.example", true),
+        ] {
+            assert_eq!(read(&[h, ("HF_ENDPOINT", endpoint)]).is_open(), want, "{endpoint}");
+        }
         for (name, value, want) in [
             ("HF_HUB_OFFLINE", "1", true),
             ("TRANSFORMERS_OFFLINE", "yes", true),

@@ -87,6 +87,10 @@ impl<'a> Visit<'a> {
             );
             return Err(NotFound::new(why).into());
         }
+        if self.env.token.is_some() && self.env.is_open() {
+            let endpoint = &self.env.endpoint;
+            self.ui.warn(format!("HF_ENDPOINT {endpoint} is not encrypted: others on the way can read the token"));
+        }
         let wire = Wire::new(&self.env, self.ui);
         let listing = match (wire.listing(self.repo, revision), &known) {
             (Ok(listing), _) => listing,

@@ -4,15 +4,15 @@
 //! Every complaint points at its place: line and column of the key in the file, or the flag or environment variable
 //! that overrode it.
 
+mod fetched;
 mod overrides;
 mod place;
 mod search;
 
 use crate::exit::usage;
-use crate::hub;
 use crate::settings::{Card, Compare, Data, Distill, Eval, Level, MORE_TEACHERS, Prune, Quantize, Settings, Train};
-use crate::ui::Ui;
 use anyhow::{Context, Result};
+pub use fetched::Fetched;
 use overrides::{Override, from_environment};
 use place::{Step, line_and_column, locate, path};
 pub use search::{SearchFile, read as read_search};
@@ -96,15 +96,6 @@ pub struct Recipe {
     pub warnings: Vec<String>,
     /// What was fetched for it, if anything has been looked for.
     pub fetched: Option<Fetched>,
-}
-
-/// Where the things that a recipe names are.
-#[derive(Clone, Debug, Default)]
-pub struct Fetched {
-    /// Models and texts without labels, by name.
-    paths: BTreeMap<String, PathBuf>,
-    /// The data.
-    data: Data,
 }
 
 /// A recipe file with overrides.
@@ -482,36 +473,6 @@ impl Kind {
 }
 
 impl Recipe {
-    /// The recipe with everything here that it names on the hub.
-    pub fn fetched(&self, ui: &Ui) -> Result<Recipe> {
-        let mut paths = BTreeMap::new();
-        for kind in self.stages.iter().map(|s| &s.kind) {
-            for (_, name) in kind.inputs() {
-                if let Some(name) =
-                    name.filter(|n| !paths.contains_key(n) && self.stages.iter().all(|s| s.id != *n))
-                {
-                    let path = hub::model(name.as_ref(), None, ui)?;
-                    paths.insert(name, path);
-                }
-            }
-            if let Some(name) = kind.unlabelled() {
-                paths.insert(name.to_string(), hub::table(name.as_ref(), "train", ui)?);
-            }
-        }
-        Ok(Recipe { fetched: Some(Fetched { paths, data: self.data.local(ui)? }), ..self.clone() })
-    }
-
-    /// Where a model or a file is that the recipe names.
-    pub fn place(&self, name: &str) -> PathBuf {
-        let found = self.fetched.as_ref().and_then(|f| f.paths.get(name));
-        found.cloned().unwrap_or_else(|| PathBuf::from(name))
-    }
-
-    /// The data, in files that are here if they were fetched.
-    pub fn local_data(&self) -> &Data {
-        self.fetched.as_ref().map_or(&self.data, |f| &f.data)
-    }
-
     /// The recipe with nothing left open, as a recipe again.
     pub fn to_toml(&self) -> Result<String> {
         #[derive(Serialize)]

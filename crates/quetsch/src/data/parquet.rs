@@ -1,7 +1,7 @@
 //! Parquet files as tables of strings, by the crate `parquet` and its record interface (no Arrow): rows in their order,
 //! over several files too, with the names of the labels that Hugging Face's `datasets` writes into the file.
 
-use super::table::{BLOCK_ROWS, Cell, Row, Table};
+use super::table::{Cell, Row, Table};
 use crate::{Error, Result};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
@@ -11,6 +11,9 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+
+/// Rows read at a time.
+const BLOCK_ROWS: usize = 1024;
 
 /// The files of a table that are still to be read.
 pub(super) struct Rows {

@@ -24,8 +24,6 @@ enum Kind {
 
 /// Bytes read at a time.
 const BLOCK: usize = 1 << 16;
-/// Rows of Parquet read at a time.
-pub(super) const BLOCK_ROWS: usize = 1024;
 
 /// A file that is read block by block.
 pub(super) struct Blocks {

@@ -98,7 +98,7 @@ impl Engine {
     /// # Errors
     /// A model that cannot be read, or a name that is there twice.
     pub fn start(config: &Config) -> quetsch::Result<Engine> {
-        let models = Models::load(&config.models, config.max_length)?;
+        let models = Models::load(&config.models, config.max_length, config.compute)?;
         let limits = config.limits;
         let queue = Arc::new(Queue::new(limits.max_concurrent_requests));
         let idle = Arc::new(Idle { session: Session::new(config.threads), busy: AtomicUsize::new(0) });

@@ -25,6 +25,7 @@ pub use axum::http::HeaderValue;
 pub use http::{Listening, serve};
 pub use tls::TlsFiles;
 
+use quetsch::runtime::Arithmetic;
 use quetsch::{Error, Result};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -131,6 +132,8 @@ pub struct Config {
     pub threads: usize,
     /// Longest text in tokens, if not what each model says.
     pub max_length: Option<usize>,
+    /// What linears with float weights are multiplied in, see [`Model::pack_for`](quetsch::runtime::Model::pack_for).
+    pub compute: Arithmetic,
     /// Whether longer texts are cut, where a request does not say.
     pub auto_truncate: bool,
     /// What clients must send as `Authorization: Bearer KEY`.
@@ -154,6 +157,7 @@ impl Config {
             tls: None,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             max_length: None,
+            compute: Arithmetic::F32,
             auto_truncate: true,
             api_key: None,
             cors_allow_origin: vec![],

@@ -9,7 +9,7 @@ use quetsch::batch::Batch;
 use quetsch::checkpoint::{FloatType, Stored};
 use quetsch::dir::Source;
 use quetsch::quant::FourBitKind;
-use quetsch::runtime::{Classifier, Workspace};
+use quetsch::runtime::{Arithmetic, Classifier, Workspace};
 use quetsch::spec::{Lin, Tensor};
 use quetsch::task::Level;
 use quetsch::{Error, Result};
@@ -50,6 +50,7 @@ impl Stamp {
 pub struct Models {
     current: RwLock<Arc<[Arc<Served>]>>,
     max_length: Option<usize>,
+    compute: Arithmetic,
     /// By model: the directory as it was last loaded or tried, and as it was last seen.
     stamps: Mutex<Vec<(Stamp, Stamp)>>,
 }
@@ -59,7 +60,7 @@ impl Models {
     ///
     /// # Errors
     /// A model that cannot be read, or a name that is there twice.
-    pub fn load(sources: &[ModelSource], max_length: Option<usize>) -> Result<Models> {
+    pub fn load(sources: &[ModelSource], max_length: Option<usize>, compute: Arithmetic) -> Result<Models> {
         let mut models: Vec<Arc<Served>> = vec![];
         let mut stamps = vec![];
         for source in sources {
@@ -70,13 +71,13 @@ impl Models {
                 )));
             }
             let stamp = Stamp::of(&source.path);
-            models.push(Arc::new(load(&source.name, &source.path, max_length)?));
+            models.push(Arc::new(load(&source.name, &source.path, max_length, compute)?));
             stamps.push((stamp.clone(), stamp));
         }
         if models.is_empty() {
             return Err(Error::invalid("no model to serve; give one with --model DIR"));
         }
-        Ok(Models { current: RwLock::new(models.into()), max_length, stamps: Mutex::new(stamps) })
+        Ok(Models { current: RwLock::new(models.into()), max_length, compute, stamps: Mutex::new(stamps) })
     }
 
     /// All models as they are now; the first is the one for protocols that name none.
@@ -112,7 +113,7 @@ impl Models {
                 Which::Changed | Which::All => *tried = now,
             }
             let begin = Instant::now();
-            match load(&old.name, &old.path, self.max_length) {
+            match load(&old.name, &old.path, self.max_length, self.compute) {
                 Ok(new) => {
                     let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
                     let mut models = current.to_vec();
@@ -138,8 +139,8 @@ pub enum Which {
     Changed,
 }
 
-fn load(name: &str, path: &Path, max_length: Option<usize>) -> Result<Served> {
-    let classifier = Classifier::load(path, max_length)?;
+fn load(name: &str, path: &Path, max_length: Option<usize>, compute: Arithmetic) -> Result<Served> {
+    let classifier = Classifier::load_for(path, max_length, compute)?;
     if classifier.task().level == Level::Token {
         return Err(Error::file(path, "the model answers for each word of a text, which no protocol here can say"));
     }

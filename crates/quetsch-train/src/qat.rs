@@ -13,6 +13,7 @@ use quetsch::batch::Encoding;
 use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
 use quetsch::quant::calibrate::{self, Observer};
 use quetsch::quant::{self, Compute, Scheme};
+use quetsch::runtime::Arithmetic;
 use quetsch::runtime::linear::Linear;
 use quetsch::runtime::reads::Reads;
 use quetsch::spec::{Lin, ModelSpec, Role, Tensor, TensorDef};
@@ -125,7 +126,7 @@ impl Assigned {
             let bias = &table[part.b];
             tensors.push((bias.tensor, self.encode(part.b, bias.tensor, &data[part.b], part.rows)));
         }
-        let linear = Linear::pack(&Checkpoint::part(spec.clone(), tensors), &sites, Compute::F32);
+        let linear = Linear::pack(&Checkpoint::part(spec.clone(), tensors), &sites, Arithmetic::F32);
         (Site { linear, reads }, weights)
     }
 }

@@ -7,6 +7,7 @@
 use crate::error::{Error, Result};
 use crate::quant::{FourBit, Int8Rows};
 use crate::spec::{ModelSpec, Role, Tensor, TensorDef};
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 /// The type a float tensor has in the file.
@@ -80,6 +81,15 @@ impl Stored {
     /// Whether there is no element.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The values as f32, dequantised if need be.
+    pub fn values(&self) -> Cow<'_, [f32]> {
+        match self {
+            Stored::Float { data, .. } => data.into(),
+            Stored::Int8(q) => q.dequantise().into(),
+            Stored::FourBit(q) => q.dequantise().into(),
+        }
     }
 }
 
@@ -160,12 +170,8 @@ impl Checkpoint {
     }
 
     /// A tensor's values as f32, dequantised if need be.
-    pub fn values(&self, tensor: Tensor) -> std::borrow::Cow<'_, [f32]> {
-        match self.get(tensor) {
-            Stored::Float { data, .. } => data.into(),
-            Stored::Int8(q) => q.dequantise().into(),
-            Stored::FourBit(q) => q.dequantise().into(),
-        }
+    pub fn values(&self, tensor: Tensor) -> Cow<'_, [f32]> {
+        self.get(tensor).values()
     }
 
     /// Every row of the table with its tensor.

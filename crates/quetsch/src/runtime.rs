@@ -17,13 +17,12 @@ use crate::checkpoint::Checkpoint;
 use crate::dir::Source;
 use crate::error::{Error, Result};
 use crate::ops::{Inspect, Ops, forward};
-use crate::quant::Compute;
+use crate::quant::default_keep;
 use crate::spec::{Activation, At, HeadSpec, Lin, ModelSpec, Norm, Pool, Tensor};
 use crate::task::Units;
 use linear::{Input, Linear};
 use quetsch_kernels::attention::Heads;
 use quetsch_kernels::int8::{self, Range};
-use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::window::Window;
 use quetsch_kernels::{attention, norm, rows};
 use std::borrow::Cow;
@@ -35,7 +34,7 @@ use words::Words;
 
 pub use classifier::Classifier;
 pub use quetsch_kernels::isa::{Isa, amx_fault, isa};
-pub use quetsch_kernels::peak;
+pub use quetsch_kernels::peak::{self, Arithmetic};
 pub use quetsch_kernels::team::Team;
 pub use session::Session;
 
@@ -56,11 +55,13 @@ pub struct Model {
 impl Model {
     /// Packs a checkpoint in memory. The unused pooler is left out.
     pub fn pack(ck: &Checkpoint) -> Model {
-        Model::pack_for(ck, Compute::F32)
+        Model::pack_for(ck, Arithmetic::F32)
     }
 
-    /// As [`Model::pack`]; linears with float weights compute in `floats`.
-    pub fn pack_for(ck: &Checkpoint, floats: Compute) -> Model {
+    /// As [`Model::pack`]; linears with float weights are multiplied in `floats`. Bf16: inputs, weights and results are
+    /// rounded to bfloat16, products are summed in f32. Int8: these weights and 4-bit ones become int8, absmax by row of
+    /// the output, and their inputs int8 by token, as scheme `int8` stores them; what [`default_keep`] names stays.
+    pub fn pack_for(ck: &Checkpoint, floats: Arithmetic) -> Model {
         let part = |_: &[Tensor]| Ok::<_, Infallible>(Cow::Borrowed(ck));
         let Ok(model) = Model::build(&ck.spec, Words::copy(ck), floats, part);
         model
@@ -72,14 +73,14 @@ impl Model {
     /// # Errors
     /// Everything that is wrong with the tensors.
     pub fn load(source: Source) -> Result<Model> {
-        Model::load_for(source, Compute::F32)
+        Model::load_for(source, Arithmetic::F32)
     }
 
-    /// As [`Model::load`]; linears with float weights compute in `floats`.
+    /// As [`Model::load`], for `floats` as in [`Model::pack_for`].
     ///
     /// # Errors
     /// As [`Model::load`].
-    pub fn load_for(mut source: Source, floats: Compute) -> Result<Model> {
+    pub fn load_for(mut source: Source, floats: Arithmetic) -> Result<Model> {
         let words = Words::open(&mut source)?;
         let spec = source.spec().clone();
         let model = Model::build(&spec, words, floats, |tensors| source.part(tensors).map(Cow::Owned))?;
@@ -94,7 +95,7 @@ impl Model {
     fn build<'c, E>(
         spec: &ModelSpec,
         words: Words,
-        floats: Compute,
+        floats: Arithmetic,
         mut part: impl FnMut(&[Tensor]) -> Outcome<Cow<'c, Checkpoint>, E>,
     ) -> Outcome<Model, E> {
         let mut table = |t: Tensor| Ok(part(&[t])?.values(t).into_owned());
@@ -104,9 +105,11 @@ impl Model {
         }
         let position = table(Tensor::Position)?;
         let token_type = if spec.token_types > 0 { table(Tensor::TokenType)? } else { vec![] };
+        let kept = default_keep(spec);
         let mut pack = |sites: &[Lin]| {
             let tensors: Vec<_> = sites.iter().flat_map(|s| [Tensor::W(*s), Tensor::B(*s)]).collect();
-            Ok(Linear::pack(&*part(&tensors)?, sites, floats))
+            let stays = floats == Arithmetic::Int8 && kept.contains(&spec.module(sites[0]));
+            Ok(Linear::pack(&*part(&tensors)?, sites, if stays { Arithmetic::F32 } else { floats }))
         };
         let layers = 0..spec.layers.len();
         let qkv = layers.map(|l| pack(&[Lin::Query(l), Lin::Key(l), Lin::Value(l)])).collect::<Outcome<_, E>>()?;

@@ -3,10 +3,12 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests too
 
-use quetsch::checkpoint::{FloatType, Stored};
+use quetsch::batch::Encoding;
+use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
 use quetsch::dir::{self, ModelDir};
 use quetsch::quant::{Absmax, Compute, FourBit, FourBitKind, FourBitOptions, Int8Input, Int8Rows, Scheme};
 use quetsch::quant::{default_keep, quantise};
+use quetsch::runtime::{Arithmetic, Model};
 use quetsch::spec::{Lin, Tensor};
 use quetsch::tokenizer::TokenizerFiles;
 use std::path::{Path, PathBuf};
@@ -137,6 +139,32 @@ fn int8_without_our_key_is_llm_int8_and_with_it_what_it_says() {
         let config = std::fs::read_to_string(out.join("config.json")).unwrap();
         assert!(config.contains("\"llm_int8_skip_modules\": []"), "everything is converted: {config}");
     }
+}
+
+/// Float and 4-bit weights that are multiplied in int8 are what scheme `int8` makes of them.
+#[test]
+fn int8_at_load_is_scheme_int8() {
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let keep = default_keep(&source.spec);
+    let stored =
+        |ck: &Checkpoint, scheme: &str| quantise(ck, &[("*".into(), scheme.parse().unwrap())], &keep).unwrap();
+    let sentence = Encoding { ids: vec![2, 7, 11, 5, 3], types: vec![] };
+    let logits = |model: Model| model.logits(std::slice::from_ref(&sentence), 1).unwrap();
+    for scheme in ["f32", "bf16", "nf4", "fp4", "int8-weight", "int8", "bnb-int8"] {
+        let child = stored(&source, scheme);
+        let want = match scheme {
+            "bnb-int8" => child.clone(), // its integers stay its own
+            "int8-weight" => stored(&source, "int8"),
+            _ => stored(&child.to_f32(), "int8"),
+        };
+        assert_eq!(logits(Model::pack_for(&child, Arithmetic::Int8)), logits(Model::pack(&want)), "{scheme}");
+    }
+    let mut large = source.clone();
+    let up = Tensor::W(Lin::Up(0));
+    let mut w = large.values(up).into_owned();
+    w[7] = 70000.0;
+    large.set(up, Stored::f32(w));
+    assert!(logits(Model::pack_for(&large, Arithmetic::Int8)).iter().all(|x| x.is_finite()));
 }
 
 #[test]

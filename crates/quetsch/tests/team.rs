@@ -6,9 +6,9 @@ mod reference;
 
 use proptest::prelude::*;
 use quetsch::batch::{Batch, Encoding};
-use quetsch::quant::{Compute, quantise};
+use quetsch::quant::quantise;
 use quetsch::rng::Rng;
-use quetsch::runtime::{Model, Session, Team, Workspace};
+use quetsch::runtime::{Arithmetic, Model, Session, Team, Workspace};
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
 use reference::lively;
 
@@ -52,7 +52,7 @@ proptest! {
     fn an_answer_does_not_depend_on_the_number_of_threads(
         spec in specs(), lengths in prop::collection::vec(1..100usize, 1..4), seed in any::<u64>(),
         schemes in prop::sample::subsequence(vec!["query", "value", "attention_out", "ffn_up", "ffn_down"], 0..5),
-        first in 0..SCHEMES.len(), floats in prop::sample::select(vec![Compute::F32, Compute::Bf16]),
+        first in 0..SCHEMES.len(), floats in prop::sample::select(vec![Arithmetic::F32, Arithmetic::Bf16, Arithmetic::Int8]),
     ) {
         let rules: Vec<_> = schemes.iter().enumerate().map(|(i, site)| {
             (format!("layer.*.{site}"), SCHEMES[(first + i) % SCHEMES.len()].parse().unwrap())

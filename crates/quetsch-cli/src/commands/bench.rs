@@ -2,7 +2,7 @@
 //! runs it in a process of its own for every model, so that the memory of one does not count for another.
 
 use crate::hub;
-use crate::settings::ComputeType;
+use crate::settings::ComputeIn;
 use crate::ui::{self, Ui};
 use crate::work::round;
 use anyhow::{Context, Result, ensure};
@@ -53,8 +53,8 @@ pub struct Bench {
     #[arg(long, value_name = "DIR")]
     against: Option<PathBuf>,
     /// What linears with float weights are multiplied in
-    #[arg(long, value_enum, default_value_t = ComputeType::F32)]
-    compute: ComputeType,
+    #[arg(long, value_enum, default_value_t)]
+    compute: ComputeIn,
 }
 
 /// What was measured.

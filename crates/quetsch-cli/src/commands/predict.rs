@@ -5,7 +5,7 @@ mod words;
 use crate::args::Format;
 use crate::exit::usage;
 use crate::hub;
-use crate::settings::ComputeType;
+use crate::settings::ComputeIn;
 use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::Args;
@@ -45,8 +45,8 @@ pub struct Predict {
     #[arg(long, value_name = "TOKENS")]
     max_length: Option<usize>,
     /// What linears with float weights are multiplied in
-    #[arg(long, value_enum, default_value_t = ComputeType::F32)]
-    compute: ComputeType,
+    #[arg(long, value_enum, default_value_t)]
+    compute: ComputeIn,
 }
 
 /// A label with its probability, or an output with its number.

@@ -2,6 +2,7 @@
 
 use crate::hub;
 use crate::logs::Logs;
+use crate::settings::ComputeIn;
 use crate::ui::{self, Ui};
 use anyhow::Result;
 use clap::{ArgAction, Args};
@@ -40,6 +41,9 @@ pub struct Serve {
     /// Longest text in tokens [default: what the model says, else 256]
     #[arg(long, value_name = "TOKENS")]
     max_length: Option<usize>,
+    /// What linears with float weights are multiplied in
+    #[arg(long, value_enum, default_value_t)]
+    compute: ComputeIn,
     /// Cut longer texts where a request does not say; with false they are refused
     #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     auto_truncate: bool,
@@ -119,6 +123,7 @@ pub fn run(s: &Serve, ui: &Ui) -> Result<()> {
     config.cors_allow_origin = s.cors_allow_origin.clone();
     config.threads = ui.threads(None);
     config.max_length = s.max_length;
+    config.compute = s.compute.into();
     config.auto_truncate = s.auto_truncate;
     config.api_key = s.api_key;
     config.limits = Limits {

@@ -10,7 +10,7 @@ mod training;
 
 pub use card::Card;
 pub use prune::{Prune, Scope, Score, SparsitySchedule, Tune, Vocab};
-pub use quantize::{ComputeType, Quantize};
+pub use quantize::{ComputeIn, Quantize};
 pub use search::{Search, Space};
 pub use training::{ClassWeights, Kd, KeepEpoch, Measure, Precision, Qkv, Schedule, Training};
 

@@ -108,6 +108,28 @@ impl From<ComputeType> for quetsch::quant::Compute {
     }
 }
 
+/// What linears are multiplied in whose weights are not int8 for int8 inputs already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ComputeIn {
+    /// f32; 4-bit weights in what their file says.
+    #[default]
+    F32,
+    /// bf16, sums in f32; 4-bit weights in what their file says.
+    Bf16,
+    /// int8: float and 4-bit weights are quantised by row when the model is loaded, inputs by token.
+    Int8,
+}
+
+impl From<ComputeIn> for quetsch::runtime::Arithmetic {
+    fn from(compute: ComputeIn) -> Self {
+        match compute {
+            ComputeIn::F32 => Self::F32,
+            ComputeIn::Bf16 => Self::Bf16,
+            ComputeIn::Int8 => Self::Int8,
+        }
+    }
+}
+
 /// `[stage.quantize]`: store linears in fewer bits.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case")]

@@ -254,7 +254,17 @@ impl FourBit {
 
     /// `code[nibble] * absmax` in f32, rounded to the source type. `[len]`
     pub fn dequantise(&self) -> Vec<f32> {
-        self.values(0..self.len).collect()
+        if !self.block.is_multiple_of(2) {
+            return self.values(0..self.len).collect();
+        }
+        let mut out = Vec::with_capacity(self.len + 1);
+        for (block, bytes) in self.packed.chunks(self.block / 2).enumerate() {
+            let scale = self.absmax.scale(block);
+            let values: [f32; 16] = std::array::from_fn(|code| self.source.round(self.map[code] * scale));
+            out.extend(bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|code| values[code as usize]));
+        }
+        out.truncate(self.len);
+        out
     }
 
     /// As [`FourBit::dequantise`], some of the elements.

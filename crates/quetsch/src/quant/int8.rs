@@ -1,7 +1,7 @@
 //! 8-bit rows in the layout of bitsandbytes LLM.int8() (Dettmers et al. 2022): `weight` I8 `[out, in]`, `SCB` F32
 //! `[out]` = row absmax; w = q * SCB / 127.
 
-use crate::checkpoint::FloatType;
+use quetsch_kernels::math;
 
 /// Outlier threshold of bitsandbytes.
 pub const THRESHOLD: f32 = 6.0;
@@ -25,6 +25,9 @@ pub enum Int8Input {
     },
 }
 
+/// Added and taken away again, it rounds what is below 2^22, ties to even: here the step of f32 is 1.
+const INTEGERS: f32 = 1.5 * (1 << 23) as f32;
+
 /// An int8 matrix with one scale per output row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Int8Rows {
@@ -41,11 +44,12 @@ impl Int8Rows {
     /// before the product decides exact halves. `w: [out, in]` with `in = columns`; a row of zeros stays zero.
     pub fn encode(w: &[f32], columns: usize, input: Int8Input) -> Int8Rows {
         let (mut values, mut scb) = (Vec::with_capacity(w.len()), vec![]);
-        for row in w.chunks(columns.max(1)) {
-            let row: Vec<f32> = row.iter().map(|&w| FloatType::F16.round(w)).collect();
+        let mut row = vec![0.0; columns];
+        for w in w.chunks_exact(columns.max(1)) {
+            math::round_to_f16(w, &mut row);
             let absmax = row.iter().fold(0.0f32, |m, w| m.max(w.abs()));
             let scale = if absmax == 0.0 { 0.0 } else { (1.0 / absmax) * 127.0 };
-            values.extend(row.iter().map(|w| (w * scale).round_ties_even() as i8));
+            values.extend(row.iter().map(|w| (w * scale + INTEGERS - INTEGERS) as i8));
             scb.push(absmax);
         }
         Int8Rows { values, scb, input }

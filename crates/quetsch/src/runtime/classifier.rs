@@ -1,11 +1,10 @@
 //! A whole classifier: tokeniser, packed model, labels.
 
-use super::{Model, Session};
+use super::{Arithmetic, Model, Session};
 use crate::batch::Encoding;
 use crate::data::{Dataset, Examples};
 use crate::dir::{self, Source};
 use crate::error::{Error, Result};
-use crate::quant::Compute;
 use crate::spec::ModelSpec;
 use crate::task::{Level, Task};
 use crate::tokenizer::Tokenizer;
@@ -27,15 +26,14 @@ impl Classifier {
     /// # Errors
     /// Whatever is wrong with the directory, or a model without a classification head.
     pub fn load(path: &Path, max_length: Option<usize>) -> Result<Classifier> {
-        Classifier::load_for(path, max_length, Compute::F32)
+        Classifier::load_for(path, max_length, Arithmetic::F32)
     }
 
-    /// As [`Classifier::load`]; linears with float weights compute in `floats`: with [`Compute::Bf16`] inputs, weights and
-    /// results are rounded to bfloat16 and products are summed in f32.
+    /// As [`Classifier::load`], for `floats` as in [`Model::pack_for`].
     ///
     /// # Errors
     /// As [`Classifier::load`].
-    pub fn load_for(path: &Path, max_length: Option<usize>, floats: Compute) -> Result<Classifier> {
+    pub fn load_for(path: &Path, max_length: Option<usize>, floats: Arithmetic) -> Result<Classifier> {
         let source = Source::open(path)?;
         let (spec, labels) = (source.spec().clone(), source.labels().to_vec());
         let (task, max_length) = (source.task().unwrap_or_default(), max_length.or(source.max_length()));

@@ -3,7 +3,7 @@
 use super::{Int8, Workspace, split};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::quant::four_bit::{Absmax, Compute, FourBit};
-use crate::quant::int8::Int8Input;
+use crate::quant::int8::{Int8Input, Int8Rows};
 use crate::spec::{Activation, Lin, Tensor};
 use quetsch_kernels::gemm::{Size, Write, matmul};
 use quetsch_kernels::int8::{self, Range};
@@ -13,6 +13,7 @@ use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::team::Team;
 use quetsch_kernels::window::Window;
 use quetsch_kernels::{four_bit, math, panels};
+use std::borrow::Cow;
 
 /// What a linear reads.
 pub struct Input<'a> {
@@ -59,24 +60,26 @@ pub struct Linear {
 
 impl Linear {
     /// Packs the linears at `sites`, which read the same input, side by side; neighbours of one scheme become one
-    /// matrix. Float weights are multiplied in `floats`.
-    pub fn pack(ck: &Checkpoint, sites: &[Lin], floats: Compute) -> Linear {
+    /// matrix. Weights that are not multiplied as integers anyway are in `floats`.
+    pub fn pack(ck: &Checkpoint, sites: &[Lin], floats: Arithmetic) -> Linear {
         let bias: Vec<f32> = sites.iter().flat_map(|s| ck.values(Tensor::B(*s)).into_owned()).collect();
         let k = ck.spec.linears().iter().find(|(s, ..)| *s == sites[0]).map_or(0, |(_, _, k)| *k);
         let (mut parts, mut offset) = (vec![], 0);
-        for group in sites.chunk_by(|a, b| one_matrix(ck.get(Tensor::W(*a)), ck.get(Tensor::W(*b)))) {
-            let n = group.iter().map(|s| ck.get(Tensor::B(*s)).len()).sum();
-            let weight = match ck.get(Tensor::W(group[0])) {
-                Stored::Float { .. } => in_float(ck, group, k, n, floats),
+        let weights: Vec<Sited> = sites
+            .iter()
+            .map(|s| (as_multiplied(ck.get(Tensor::W(*s)), k, floats), ck.get(Tensor::B(*s)).len()))
+            .collect();
+        for group in weights.chunk_by(|(a, _), (b, _)| one_matrix(a, b)) {
+            let n = group.iter().map(|(_, n)| n).sum();
+            let weight = match &*group[0].0 {
+                Stored::Float { .. } => in_float(group, k, n, floats),
                 Stored::Int8(q) => match q.input {
-                    Int8Input::Float => in_float(ck, group, k, n, floats),
-                    Int8Input::Dynamic => Weight::Int8 { matrix: int8_matrix(ck, group, k), range: Range::Row },
+                    Int8Input::Float => in_float(group, k, n, floats),
+                    Int8Input::Dynamic => Weight::Int8 { matrix: int8_matrix(group, k), range: Range::Row },
                     Int8Input::Static { absmax } => {
-                        Weight::Int8 { matrix: int8_matrix(ck, group, k), range: Range::Fixed(absmax) }
+                        Weight::Int8 { matrix: int8_matrix(group, k), range: Range::Fixed(absmax) }
                     }
-                    Int8Input::Mixed { threshold } => {
-                        Weight::Mixed { matrix: int8_matrix(ck, group, k), threshold }
-                    }
+                    Int8Input::Mixed { threshold } => Weight::Mixed { matrix: int8_matrix(group, k), threshold },
                 },
                 Stored::FourBit(q) => four_bit_panels(q, n, k),
             };
@@ -208,6 +211,22 @@ impl Linear {
     }
 }
 
+/// A weight and the width of its output.
+type Sited<'a> = (Cow<'a, Stored>, usize);
+
+/// What is not multiplied as integers anyway becomes rows of int8 where all is to be: weights and inputs by row.
+fn as_multiplied(stored: &Stored, k: usize, floats: Arithmetic) -> Cow<'_, Stored> {
+    match stored {
+        _ if floats != Arithmetic::Int8 || k == 0 => Cow::Borrowed(stored),
+        Stored::Int8(q) if q.input != Int8Input::Float => Cow::Borrowed(stored),
+        Stored::Int8(q) => Cow::Owned(Stored::Int8(Int8Rows { input: Int8Input::Dynamic, ..q.clone() })),
+        _ => match Int8Rows::encode(&stored.values(), k, Int8Input::Dynamic) {
+            rows if rows.scb.iter().all(|s| s.is_finite()) => Cow::Owned(Stored::Int8(rows)),
+            _ => Cow::Borrowed(stored), // beyond f16, in which int8 rows are rounded
+        },
+    }
+}
+
 /// Whether two weights that read the same input may be rows of one matrix.
 fn one_matrix(a: &Stored, b: &Stored) -> bool {
     match (a, b) {
@@ -218,12 +237,14 @@ fn one_matrix(a: &Stored, b: &Stored) -> bool {
 }
 
 /// int8 rows of several sites, one below the other.
-fn int8_matrix(ck: &Checkpoint, sites: &[Lin], k: usize) -> int8::Matrix {
-    let rows = |s: &Lin| match ck.get(Tensor::W(*s)) {
-        Stored::Int8(q) => Some(q),
-        _ => None,
-    };
-    let all: Vec<_> = sites.iter().filter_map(rows).collect();
+fn int8_matrix(sites: &[Sited], k: usize) -> int8::Matrix {
+    let all: Vec<&Int8Rows> = sites
+        .iter()
+        .filter_map(|(w, _)| match &**w {
+            Stored::Int8(q) => Some(q),
+            _ => None,
+        })
+        .collect();
     let scale = all.iter().flat_map(|q| q.scb.iter().map(|s| s / 127.0)).collect();
     match all[..] {
         [q] => int8::Matrix::new(&q.values, scale, k),
@@ -232,11 +253,11 @@ fn int8_matrix(ck: &Checkpoint, sites: &[Lin], k: usize) -> int8::Matrix {
 }
 
 /// W `[n, k]` of several sites -> `[k, n]`: the layout in which the f32 product is fastest.
-fn transposed(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Vec<f32> {
+fn transposed(sites: &[Sited], k: usize, n: usize) -> Vec<f32> {
     let mut out = vec![0.0; n * k];
     let mut column = 0;
-    for s in sites {
-        for row in ck.values(Tensor::W(*s)).chunks_exact(k.max(1)) {
+    for (w, _) in sites {
+        for row in w.values().chunks_exact(k.max(1)) {
             row.iter().enumerate().for_each(|(i, v)| out[i * n + column] = *v);
             column += 1;
         }
@@ -245,11 +266,12 @@ fn transposed(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize) -> Vec<f32> {
 }
 
 /// Weights to be multiplied in floats, in the layout that this machine's product reads.
-fn in_float(ck: &Checkpoint, sites: &[Lin], k: usize, n: usize, compute: Compute) -> Weight {
+fn in_float(sites: &[Sited], k: usize, n: usize, floats: Arithmetic) -> Weight {
+    let compute = if floats == Arithmetic::Bf16 { Compute::Bf16 } else { Compute::F32 };
     if compute == Compute::F32 && isa() < Isa::Avx512 {
-        return Weight::Dense(transposed(ck, sites, k, n));
+        return Weight::Dense(transposed(sites, k, n));
     }
-    let mut values: Vec<_> = sites.iter().map(|s| ck.values(Tensor::W(*s))).collect();
+    let mut values: Vec<_> = sites.iter().map(|(w, _)| w.values()).collect();
     if compute == Compute::Bf16 {
         values.iter_mut().flat_map(|w| w.to_mut()).for_each(|v| *v = math::bf16(*v));
     }
@@ -499,7 +521,7 @@ mod tests {
         ck.set(Tensor::W(Lin::Up(0)), Stored::f32((0..n * k).map(|i| noise(i, 1)).collect()));
         ck.set(Tensor::B(Lin::Up(0)), Stored::f32((0..n).map(|i| noise(i, 2)).collect()));
         let x: Vec<f32> = (0..rows * k).map(|i| noise(i, 3)).collect();
-        let linear = Linear::pack(&ck, &[Lin::Up(0)], Compute::Bf16);
+        let linear = Linear::pack(&ck, &[Lin::Up(0)], Arithmetic::Bf16);
         let (mut ws, mut out) = (Workspace::default(), vec![0.0; rows * n]);
         let input = Input { values: &x, int8: None, rows, starts: &[0, rows] };
         linear.run(&input, Activation::Identity, &ALONE, &mut ws, &mut out);

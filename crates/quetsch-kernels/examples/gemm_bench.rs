@@ -18,9 +18,10 @@ fn main() {
     println!("{}: {:.0} GOP/s in registers", isa().name(), peak / 1e9);
     for rows in [16, 32, 128, 512] {
         let shares = SHAPES.map(|(k, n)| operations(rows, k, n) / peak);
-        let columns = SHAPES.iter().zip(&shares).map(|((k, n), share)| {
-            format!("{k}->{n} {:.0} ({:.0}%)", share * peak / 1e9, 100.0 * share)
-        });
+        let columns = SHAPES
+            .iter()
+            .zip(&shares)
+            .map(|((k, n), share)| format!("{k}->{n} {:.0} ({:.0}%)", share * peak / 1e9, 100.0 * share));
         let mean = (shares.iter().map(|s| s.ln()).sum::<f64>() / shares.len() as f64).exp();
         println!("{rows} rows: {}; mean {:.0}%", columns.collect::<Vec<_>>().join(", "), 100.0 * mean);
     }

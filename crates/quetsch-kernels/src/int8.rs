@@ -41,27 +41,30 @@ fn absmax(x: &[f32]) -> f32 {
     max
 }
 
-/// Quantises one row into `stride(x.len())` bytes; returns its scale.
+impl Range {
+    /// The magnitude of a fixed range, else NaN: a number in both cases, so that no branch reads what is not there.
+    #[inline(always)]
+    pub(crate) fn fixed(self) -> f32 {
+        match self {
+            Range::Row => f32::NAN,
+            Range::Fixed(max) => max,
+        }
+    }
+}
+
+/// Quantises one row into `stride(x.len())` bytes, in a range that is [`Range::fixed`]; returns its scale.
 #[inline(always)]
-pub(crate) fn quantise_row(x: &[f32], range: Range, q: &mut [i8]) -> f32 {
+pub(crate) fn quantise_row(x: &[f32], fixed: f32, q: &mut [i8]) -> f32 {
     let (own, padding) = q.split_at_mut(x.len());
     padding.fill(0);
-    let inverse = |max: f32| if max > TINY { 127.0 / max } else { 0.0 };
     // 1.5 * 2^23 rounds to an integer, ties to even, that sits in the low mantissa bits.
     let round = |x: f32| (x + 12_582_912.0).to_bits() as i8;
-    let max = match range {
-        Range::Row => {
-            let max = absmax(x);
-            let inv = inverse(max);
-            x.iter().zip(own).for_each(|(x, q)| *q = round(x * inv));
-            max
-        }
-        Range::Fixed(max) => {
-            let inv = inverse(max);
-            x.iter().zip(own).for_each(|(x, q)| *q = round((x * inv).clamp(-127.0, 127.0)));
-            max
-        }
-    };
+    let max = if fixed.is_nan() { absmax(x) } else { fixed };
+    let inverse = if max > TINY { 127.0 / max } else { 0.0 };
+    match fixed.is_nan() {
+        true => x.iter().zip(own).for_each(|(x, q)| *q = round(x * inverse)),
+        false => x.iter().zip(own).for_each(|(x, q)| *q = round((x * inverse).clamp(-127.0, 127.0))),
+    }
     if max > TINY { max / 127.0 } else { 0.0 }
 }
 
@@ -69,9 +72,10 @@ kernel! {
     /// q = round(x * 127 / absmax), ties to even, and scale = absmax / 127, for every row of `width`; an absmax of 0
     /// (or of less than `TINY`, whose reciprocal would overflow) has scale 0. `q` has rows of `stride(width)`.
     pub fn quantise(x: &[f32], width: usize, range: Range, q: &mut [i8], scale: &mut [f32]) {
+        let fixed = range.fixed();
         for (r, scale) in scale.iter_mut().enumerate() {
             let q = &mut q[r * stride(width)..(r + 1) * stride(width)];
-            *scale = quantise_row(&x[r * width..(r + 1) * width], range, q);
+            *scale = quantise_row(&x[r * width..(r + 1) * width], fixed, q);
         }
     }
 }

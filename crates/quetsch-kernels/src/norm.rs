@@ -38,16 +38,16 @@ kernel! {
         int8: Option<(int8::Range, &mut [i8], &mut [f32])>,
     ) {
         let n = gamma.len();
-        let mut int8 = int8;
+        let mut int8 = int8.map(|(range, q, scale)| (range.fixed(), q, scale));
         for (r, row) in x.chunks_exact_mut(n).enumerate() {
             let total = match residual.is_empty() {
                 true => sum(row, |v| v),
                 false => add_and_sum(row, &residual[r * n..(r + 1) * n]),
             };
             norm_row(row, total, gamma, beta, eps);
-            if let Some((range, q, scale)) = &mut int8 {
+            if let Some((fixed, q, scale)) = &mut int8 {
                 let q = &mut q[r * int8::stride(n)..(r + 1) * int8::stride(n)];
-                scale[r] = int8::quantise_row(row, *range, q);
+                scale[r] = int8::quantise_row(row, *fixed, q);
             }
         }
     }

@@ -238,8 +238,11 @@ impl<'a> Tape<'a> {
         self.recompute = false; // from here on layers are recorded to be read
         let mut masks = BTreeMap::new();
         let mut nodes: Vec<Vec<f32>> = self.values.iter().map(|_| vec![]).collect();
+        // Copied: the caller's buffers would add to the free ones, more of them after every batch.
         for (node, gradient) in of {
-            self.accumulate(&mut nodes[node.0], gradient);
+            let mut own = self.buffers.take(gradient.len());
+            own.copy_from_slice(&gradient);
+            self.accumulate(&mut nodes[node.0], own);
         }
         while let Some(v) = self.values.pop() {
             let dy = std::mem::take(&mut nodes[self.values.len()]);

@@ -9,11 +9,13 @@ mod common;
 use common::sentences;
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
+use quetsch::runtime::Model;
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
+use quetsch_train::features::{Compare, Features, Link};
 use quetsch_train::optim::{AdamW, Rates};
 use quetsch_train::params::Params;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
-use quetsch_train::{Dropout, Hard, Objective, Precision};
+use quetsch_train::{Dropout, Hard, Measure, Objective, Precision, Soft};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -122,4 +124,37 @@ fn recomputing_needs_the_memory_of_a_layer() {
     let (all, one) = (activations(false), activations(true));
     // One layer's and twelve outputs: of the about 25 rows of width 64 that a token keeps in a layer, one is the output.
     assert!(one < all / 4, "{one} of {all} bytes");
+}
+
+/// Gradients that come from outside the tape, of logits and of hidden states, are not kept: no step leaves more memory
+/// in use than the steps before it.
+#[test]
+fn learning_from_hidden_states_keeps_no_more_from_step_to_step() {
+    let _alone = COUNT.lock().unwrap();
+    let labels = ["a", "b", "c"].map(String::from).to_vec();
+    let ck = Checkpoint::random(spec(3, 16), labels, 1).unwrap();
+    let teacher = Model::pack(&ck);
+    let encodings = sentences(100, 30, 4);
+    let (labels, examples): (Vec<u32>, Vec<usize>) = ((0..100).map(|i| i % 3).collect(), (0..100).collect());
+    let logits = teacher.logits(&encodings, 1).unwrap();
+    let links = Link::of(Compare::Hidden(Measure::Mse), &[(0, vec![0]), (1, vec![1]), (2, vec![2])], 1.0);
+    let features = Some(Features { teacher: &teacher, encodings: &encodings, links: &links });
+    let soft = Soft { alpha: 0.5, temperature: 2.0, logits: &logits, features, ..Soft::default() };
+    let params = Params::with(&ck, &[], Precision::F32, 1);
+    let mut team = Worker::team(&params, 1);
+    let task = Task {
+        params: &params,
+        set: TrainSet::sentences(&encodings, &labels),
+        objective: Objective::Distill(Hard::default(), soft),
+        dropout: Dropout::default(),
+        seed: 1,
+        masks: None,
+        recompute: false,
+    };
+    let mut in_use = |steps: std::ops::Range<u64>| {
+        steps.for_each(|step| drop(gradients(&task, step, &examples, 100, &mut team).unwrap()));
+        BYTES.load(Ordering::Relaxed)
+    };
+    let (settled, later) = (in_use(0..4), in_use(4..12));
+    assert!(later <= settled + LARGE, "{settled} bytes, eight steps later {later}");
 }

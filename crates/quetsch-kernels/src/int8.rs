@@ -2,7 +2,9 @@
 //! gives the same bits.
 
 use crate::isa::{Isa, isa};
-use crate::math::{Activation, bias_activation};
+use crate::math::Activation;
+#[cfg(target_arch = "x86_64")]
+use crate::math::bias_activation;
 use crate::window::Window;
 #[cfg(target_arch = "x86_64")]
 use crate::{amx, pairs, vnni};
@@ -222,6 +224,7 @@ impl Matrix {
             #[cfg(not(target_arch = "x86_64"))]
             Packed::Vnni(..) | Packed::Amx(_) => unreachable!("this architecture has no such tier"),
         }
+        #[cfg(target_arch = "x86_64")]
         if f != Activation::Identity && f != Activation::Gelu {
             bias_activation(&mut out, &[], f);
         }

@@ -359,6 +359,7 @@ struct Tile<'a> {
     words: usize,
     add: bool,
     /// What it fetches of the panels that come next.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86-64 fetches ahead"))]
     ahead: Ahead,
 }
 

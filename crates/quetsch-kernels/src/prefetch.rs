@@ -3,6 +3,7 @@
 
 /// The share of one block of rows: the blocks that multiply by a group of panels fetch the next group together.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86-64 fetches ahead"))]
 pub(crate) struct Ahead {
     /// Bytes from where the next group begins.
     from: usize,

@@ -6,6 +6,7 @@
 
 pub mod classifier;
 pub mod linear;
+mod outliers;
 pub mod reads;
 mod session;
 mod split;

@@ -1,7 +1,8 @@
 //! What the product of a quantised linear reads of its input, as floats again: where straight-through training takes
 //! its derivatives.
 
-use super::linear::{Input, take_outliers};
+use super::linear::Input;
+use super::outliers::take_outliers;
 use super::{ALONE, Workspace};
 use crate::checkpoint::Stored;
 use crate::quant::{Compute, Int8Input};

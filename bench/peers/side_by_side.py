@@ -1,7 +1,7 @@
 """Times Quetsch and other engines in turn, in processes of their own, and prints medians of the ratios as Markdown.
 
     python bench/peers/side_by_side.py --quetsch target/release/quetsch --ours MODEL_INT8 --model MODEL --art ART \\
-        --data TEST.csv [--engines ort_int8_fused,openvino_2streams] [--rounds 5] [--threads 2] [--isa avx512vnni] [--compute bf16]
+        --data TEST.csv [--engines ort_int8_fused,openvino_2streams] [--rounds 5] [--threads 2] [--isa avx512vnni] [--compute int8]
 
 --ours is our model directory, --model the float one that the peers' files in ART were made from (prepare.py). In every
 round each engine runs once, ours first; a ratio compares two runs of one round, and the table holds its median. The last
@@ -31,7 +31,7 @@ parser.add_argument("--rounds", type=int, default=5)
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--lengths", default="16,32,128")
 parser.add_argument("--isa", help="QUETSCH_ISA for ours")
-parser.add_argument("--compute", default="f32", help="what our float weights are multiplied in: f32 or bf16")
+parser.add_argument("--compute", default="f32", help="what our float weights are multiplied in: f32, bf16 or int8 (4-bit ones too)")
 parser.add_argument("--json", type=Path)
 a = parser.parse_args()
 engines = [e for e in a.engines.split(",") if e]

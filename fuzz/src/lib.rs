@@ -10,47 +10,15 @@ use quetsch::quant::{Scheme, quantise_calibrated};
 use quetsch::runtime::{Model, Workspace};
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
 use quetsch::tokenizer::TokenizerFiles;
-use std::alloc::{GlobalAlloc, Layout, System};
+use quetsch_kernels::watch::Watched;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Bytes that nothing read here may need at once.
 const MOST: usize = 64 << 20;
 
-struct Bounded;
-
-fn check(size: usize) {
-    if size > MOST {
-        eprintln!("an allocation of {size} bytes, more than {MOST}");
-        std::process::abort();
-    }
-}
-
-// SAFETY: every call is passed on to the system's allocator as it came; a size above the bound ends the process.
-unsafe impl GlobalAlloc for Bounded {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        check(layout.size());
-        // SAFETY: the caller's promises are those of `System`.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        check(layout.size());
-        // SAFETY: as above.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-    unsafe fn realloc(&self, old: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        check(size);
-        // SAFETY: as above.
-        unsafe { System.realloc(old, layout, size) }
-    }
-    unsafe fn dealloc(&self, old: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(old, layout) }
-    }
-}
-
 #[global_allocator]
-static BOUNDED: Bounded = Bounded;
+static ALLOCATOR: Watched = Watched::new(usize::MAX, MOST);
 
 /// The repository.
 pub fn root() -> PathBuf {

@@ -17,6 +17,7 @@ mod gelu;
 pub mod gemm;
 pub mod int8;
 mod lanes;
+pub mod map;
 pub mod math;
 pub mod norm;
 pub mod optim;
@@ -32,6 +33,7 @@ pub mod team;
 mod team_tests;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+pub mod watch;
 pub mod window;
 
 pub use math::Activation;

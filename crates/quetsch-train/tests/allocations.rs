@@ -1,7 +1,6 @@
 //! After the first steps, a step allocates lists of indices, but no buffer: neither activations nor gradients nor packed
 //! operands. Recomputing layers needs the activations of one layer instead of all.
 
-#![allow(unsafe_code)] // an allocator that counts
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -11,41 +10,21 @@ use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::runtime::Model;
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
+use quetsch_kernels::watch::Watched;
 use quetsch_train::features::{Compare, Features, Link};
 use quetsch_train::optim::{AdamW, Rates};
 use quetsch_train::params::Params;
 use quetsch_train::step::{Task, TrainSet, Worker, gradients};
 use quetsch_train::{Dropout, Hard, Measure, Objective, Precision, Soft};
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// An index list of a batch stays below this; the smallest buffer, of 200 tokens times 64, is three times as large.
 const LARGE: usize = 16 << 10;
 
-struct Counting;
-static BUFFERS: AtomicUsize = AtomicUsize::new(0);
-static BYTES: AtomicUsize = AtomicUsize::new(0);
+#[global_allocator]
+static ALLOCATOR: Watched = Watched::new(LARGE, usize::MAX);
 /// Held by a test while it counts.
 static COUNT: Mutex<()> = Mutex::new(());
-
-// SAFETY: every call is passed to the system allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, l: Layout) -> *mut u8 {
-        BUFFERS.fetch_add(usize::from(l.size() >= LARGE), Ordering::Relaxed);
-        BYTES.fetch_add(l.size(), Ordering::Relaxed);
-        // SAFETY: as the caller promised.
-        unsafe { System.alloc(l) }
-    }
-    unsafe fn dealloc(&self, p: *mut u8, l: Layout) {
-        BYTES.fetch_sub(l.size(), Ordering::Relaxed);
-        // SAFETY: as the caller promised.
-        unsafe { System.dealloc(p, l) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// A model of so many layers and positions.
 fn spec(layers: usize, positions: usize) -> ModelSpec {
@@ -86,14 +65,14 @@ fn steps_after_the_first_allocate_no_buffer() {
         let mut counts = vec![];
         for round in 0..8 {
             for first in [0, 100, 200] {
-                let before = BUFFERS.load(Ordering::Relaxed);
+                let before = ALLOCATOR.buffers();
                 let examples: Vec<usize> = (first..first + 100).collect();
                 adamw.catch_up(&mut params, examples.iter().flat_map(|e| &encodings[*e].ids));
                 let task =
                     Task { params: &params, set, objective, dropout, seed: 1, masks: None, recompute: false };
                 gradients(&task, round, &examples, 100, &mut team).unwrap();
                 adamw.update(&mut params, &mut team, rates);
-                counts.push(BUFFERS.load(Ordering::Relaxed) - before);
+                counts.push(ALLOCATOR.buffers() - before);
             }
         }
         assert!(counts[0] > 10, "the first step makes the buffers: {counts:?}");
@@ -117,9 +96,9 @@ fn recomputing_needs_the_memory_of_a_layer() {
         let mut team = Worker::team(&params, 1);
         let task =
             Task { params: &params, set, objective, dropout: Dropout::default(), seed: 1, masks: None, recompute };
-        let before = BYTES.load(Ordering::Relaxed);
+        let before = ALLOCATOR.bytes();
         gradients(&task, 0, &[0, 1, 2], 3, &mut team).unwrap();
-        BYTES.load(Ordering::Relaxed) - before
+        ALLOCATOR.bytes() - before
     };
     let (all, one) = (activations(false), activations(true));
     // One layer's and twelve outputs: of the about 25 rows of width 64 that a token keeps in a layer, one is the output.
@@ -153,7 +132,7 @@ fn learning_from_hidden_states_keeps_no_more_from_step_to_step() {
     };
     let mut in_use = |steps: std::ops::Range<u64>| {
         steps.for_each(|step| drop(gradients(&task, step, &examples, 100, &mut team).unwrap()));
-        BYTES.load(Ordering::Relaxed)
+        ALLOCATOR.bytes()
     };
     let (settled, later) = (in_use(0..4), in_use(4..12));
     assert!(later <= settled + LARGE, "{settled} bytes, eight steps later {later}");

@@ -3,7 +3,7 @@
 use super::{PICKLE, PICKLE_INDEX, WEIGHTS, WEIGHTS_INDEX, pickle};
 use crate::config::Shapes;
 use crate::error::{Error, Result};
-use memmap2::Mmap;
+use quetsch_kernels::map::Map;
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
@@ -26,7 +26,7 @@ pub struct Entry {
 /// beside it and renamed) is still the old one here.
 pub struct Shards {
     files: Vec<(Arc<File>, PathBuf)>,
-    maps: Vec<Mmap>,
+    maps: Vec<Map>,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -56,11 +56,8 @@ impl Shards {
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let file = File::open(&path).map_err(Error::io(&path))?;
-        // SAFETY: the map is read-only and lives no longer than the reading of this folder. As with every memory
-        // map, another process that truncates the file meanwhile would stop this one with SIGBUS; model files are
-        // written whole and renamed into place, never changed where they stand.
-        #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(&path))?;
+        // Model files are written whole and renamed into place, never changed where they stand.
+        let map = Map::of(&file).map_err(Error::io(&path))?;
         let is_pickle = path.extension().is_some_and(|e| e == "bin");
         let found = match is_pickle {
             true if !map.starts_with(b"PK") => Err(convert(path.parent().unwrap_or(&path))),
@@ -96,13 +93,7 @@ impl Shards {
 
     /// Gives the memory of all pages read so far back; they are read again from the file when they are wanted again.
     pub fn release(&self) {
-        #[cfg(unix)]
-        for map in &self.maps {
-            // SAFETY: MADV_DONTNEED drops changes of private pages. These are never changed: the map is read-only.
-            // A kernel that refuses leaves the pages where they are.
-            #[allow(unsafe_code)]
-            let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
-        }
+        self.maps.iter().for_each(Map::release);
     }
 
     pub fn names(&self) -> impl Iterator<Item = &String> {

@@ -449,6 +449,35 @@ fn zeros_stay_through_recovery_and_later_training() {
     assert!(json(&place.ok("inspect dense --format json").stdout)["sparsity"].is_null());
 }
 
+/// Labels that nothing in the texts tells: whoever was trained on a text knows its own, nobody else does.
+#[test]
+fn out_of_fold_logits_are_of_models_that_did_not_see_the_text() {
+    let place = Place::new();
+    let names = ["add_money", "card_fee", "change_pin", "double_charge", "lost_card"];
+    let mut rows = "text,label\n".to_string();
+    let label = |i: usize| (31 * i * i + 17 * i + 5) % 97 % 5;
+    for i in 0..40 {
+        let word = |k: usize| ["card", "money", "pin", "fee", "lost", "charge", "today", "please"][(i / k) % 8];
+        rows += &format!("{} {} {}{},{}\n", word(1), word(8), i, word(3), names[label(i)]);
+    }
+    place.write("d.csv", rows.as_bytes());
+    place.ok(
+        "train --model model --train d.csv --epochs 60 --batch-size 8 --learning-rate 3e-3 --dropout 0 --folds 4 --out t",
+    );
+    let order: Vec<String> = json(&String::from_utf8_lossy(&place.read("t/config.json")))["id2label"]
+        .as_object()
+        .map(|l| (0..l.len()).map(|i| l[&i.to_string()].as_str().unwrap_or_default().to_string()).collect())
+        .expect("labels");
+    let bytes = place.read("t/out-of-fold.f32");
+    let logits: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let best =
+        |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| order[i].clone());
+    let right = logits.chunks(5).enumerate().filter(|(i, row)| best(row).as_deref() == Some(names[label(*i)]));
+    let (unseen, seen) = (right.count(), json(&place.ok("eval --model t --data d.csv --format json").stdout));
+    let seen = seen["accuracy"].as_f64().expect("accuracy") * 40.0;
+    assert!(seen >= 34.0 && unseen <= 20, "{seen} of 40 that were trained on, {unseen} out of fold");
+}
+
 #[test]
 fn several_teachers_unlabelled_texts_and_out_of_fold_logits() {
     let place = Place::new();
@@ -458,7 +487,8 @@ fn several_teachers_unlabelled_texts_and_out_of_fold_logits() {
     assert_eq!(logits.len(), 4 * 5 * 20, "4 bytes, 5 labels, 20 sentences");
     place.ok("train --model model --train train.csv --epochs 1 --seed 7 --out second");
     place.ok("distill --teacher teacher --train train.csv --epochs 1 --out alone");
-    place.ok("distill --teacher teacher --train train.csv --epochs 1 --out-of-fold --out folds");
+    // Without a part set aside the seed decides nothing about the data.
+    place.ok("distill --teacher teacher --train train.csv --epochs 1 --out-of-fold --seed 9 --out folds");
     place.ok(
         "distill --teacher teacher --teachers second,model --teacher-weights 2,1,1 --train train.csv --epochs 1 \
          --unlabelled more.txt --out many",
@@ -470,6 +500,20 @@ fn several_teachers_unlabelled_texts_and_out_of_fold_logits() {
     };
     assert!((first("alone") - first("twice")).abs() < 1e-6, "the mean of a teacher with itself");
     assert!((first("alone") - first("folds")).abs() > 1e-6 && (first("alone") - first("many")).abs() > 1e-6);
+    // A weighted mean: of two in either order, the same one named twice, one that is everything.
+    let mean = |teacher: &str, more: &str, weights: &str| {
+        place.ok(&format!(
+            "distill --teacher {teacher} --teachers {more} --teacher-weights {weights} --model model --train train.csv \
+             --epochs 1 --force --out mean"
+        ));
+        first("mean")
+    };
+    place.ok("distill --teacher teacher --model model --train train.csv --epochs 1 --out start");
+    let (one, three) = (mean("teacher", "second", "1,1"), mean("teacher", "second", "1,3"));
+    assert!((one - three).abs() > 1e-6);
+    assert!((three - mean("second", "teacher", "3,1")).abs() < 1e-6);
+    assert!((three - mean("teacher", "second,second", "2,5,1")).abs() < 1e-6);
+    assert!((first("start") - mean("teacher", "second", "1e9,1")).abs() < 1e-6);
     place.ok(
         "distill --teacher teacher --random --layers 0,1 --student-hidden 24 --student-heads 3 --student-ffn 20 --hidden 1 \
          --train train.csv --test test.csv --epochs 1 --out small",

@@ -75,6 +75,48 @@ fn a_budget_in_measured_time_and_the_same_plan_from_its_table() {
 }
 
 #[test]
+fn gradual_pruning_reaches_the_same_shape_in_parts() {
+    let place = Place::new();
+    let common = "prune --model model --train train.csv --test test.csv";
+    place.ok(&format!("{common} --heads 4 --ffn 0.5 --layers 1 --score l2 --epochs 3 --cuts 3 --out parts"));
+    place.ok("prune --model model --plan parts/plan.json --epochs 0 --out replayed");
+    assert_eq!(shape(&place, "parts"), shape(&place, "replayed"), "the plan is of the original model");
+    let (whole, parts) = (shape(&place, "model"), shape(&place, "parts"));
+    let heads = |layers: &[(u64, u64)]| layers.iter().map(|l| l.0).sum::<u64>();
+    assert!(parts.len() == whole.len() - 1 && heads(&parts) <= heads(&whole) - 4, "{whole:?} {parts:?}");
+    assert!(
+        parts.iter().all(|l| whole.iter().any(|w| l.1 * 2 == w.1)),
+        "half of the channels: {whole:?} {parts:?}"
+    );
+    let report = json(&place.read("parts/report.json"));
+    let numbers: Vec<_> = report["epochs"].as_array().expect("epochs").iter().map(|e| e["epoch"].clone()).collect();
+    assert_eq!((numbers, report["cuts"].as_array().map(Vec::len)), (vec![1.into(), 2.into(), 3.into()], Some(3)));
+    assert!(!place.path(".parts.training").exists());
+    // A budget is of the original model, too, and the words and zeros wait for the last cut.
+    place.ok(&format!(
+        "{common} --score fisher --keep-parameters 0.5 --cuts 2 --epochs 2 --vocab train --sparsity 0.3 --out budget"
+    ));
+    let size = |layers: &[(u64, u64)]| layers.iter().map(|l| l.0 * 4 * 8 * 32 + l.1 * 2 * 32).sum::<u64>() as f64;
+    let share = size(&shape(&place, "budget")) / size(&whole);
+    assert!((0.3..0.56).contains(&share), "{share}");
+    let zeros = json(&place.read("budget/report.json"))["sparsity"].clone();
+    assert!(zeros.as_object().is_some_and(|z| z.len() > 4), "{zeros}");
+}
+
+#[test]
+fn the_best_epoch_has_all_zeros() {
+    let place = Place::new();
+    place.ok(
+        "prune --model model --train train.csv --validation 0.25 --sparsity 0.5 --sparsity-schedule cubic --keep best \
+         --epochs 8 --batch-size 8 --out o",
+    );
+    let report = json(&place.read("o/report.json"));
+    assert!(report["kept_epoch"].as_u64() >= Some(6), "{report}");
+    let zeros = report["sparsity"].as_object().expect("by site").values();
+    assert!(zeros.filter(|z| (z.as_f64().expect("a share") - 0.5).abs() < 0.01).count() >= 16, "{report}");
+}
+
+#[test]
 fn plans_are_printed_and_compared() {
     let place = Place::new();
     place.ok("prune --model model --heads 0:0 --ffn 8 --score l2 --epochs 0 --out a");
@@ -138,6 +180,25 @@ fn what_cannot_be_pruned() {
         (format!("prune --model model --layers {} --score l2 --epochs 0 --out o", layers.len()), 1, "layers"),
         ("prune --model model --plan less/config.json --epochs 0 --out o".into(), 1, "no pruning plan"),
         ("prune --model less --plan less/plan.json --epochs 0 --out o".into(), 1, "made for a parent"),
+        ("prune --model less --heads 0:2 --epochs 0 --force --out less".into(), 2, "is the model itself"),
+        (
+            "prune --model model --teacher less --heads 1 --train train.csv --force --out less".into(),
+            2,
+            "the teacher",
+        ),
+        (format!("{scored} --heads 0:0 --rearrange"), 2, "`heads` lists them"),
+        (format!("{scored} --heads 2 --cuts 2"), 2, "`epochs` is 0"),
+        ("prune --model model --heads 0:0 --cuts 2 --train train.csv --out o".into(), 2, "no list"),
+        ("prune --model model --sparsity 0.5 --cuts 2 --train train.csv --out o".into(), 2, "parts a share"),
+        ("distill --teacher model --relation-heads 2 --train train.csv --out o".into(), 2, "no part of the loss"),
+        ("distill --teacher model --hidden-loss l1 --train train.csv --out o".into(), 2, "no part of the loss"),
+        (
+            "distill --teacher model --relations 1 --relations-of key,key --train train.csv --out o".into(),
+            2,
+            "twice",
+        ),
+        ("distill --teacher model --epochs 0 --train train.csv --out o".into(), 2, "at least 1"),
+        ("train --model model --folds 500 --train train.csv --out o".into(), 2, "`folds` is 500"),
         (format!("{scored} --keep-latency 0.5 --keep-macs 0.5"), 2, "two budgets"),
         (format!("{scored} --keep-latency 1.5"), 2, "(0, 1]"),
         (format!("{scored} --keep-latency 0.5 --latency-scheme int3"), 2, "int3"),

@@ -132,6 +132,28 @@ fn numbers() {
     assert!(page.code == 2 && page.stderr.contains(".md"), "{}", page.stderr);
 }
 
+#[test]
+fn columns_of_numbers_are_those_of_the_model() {
+    let place = Place::new();
+    place.write(
+        "d.csv",
+        b"text,valence,arousal\ni lost my card,0.1,0.9\nadd money please,0.8,0.2\nwhy is the fee,0.3,0.6\n",
+    );
+    place.ok("train --model model --train d.csv --label-col valence,arousal --epochs 1 --out teacher");
+    place.ok("eval --model teacher --data d.csv");
+    for line in [
+        "eval --model teacher --data d.csv --label-col arousal,valence",
+        "distill --teacher teacher --train d.csv --label-col arousal,valence --epochs 1 --out o",
+    ] {
+        let refused = place.run(line);
+        assert!(
+            refused.code == 1 && refused.stderr.contains("expected those of valence, arousal"),
+            "{}",
+            refused.stderr
+        );
+    }
+}
+
 /// JSON lines of words and what `label` says of each.
 fn words(label: impl Fn(&str) -> Value) -> String {
     let row = |(words, _): (Vec<&str>, _)| {

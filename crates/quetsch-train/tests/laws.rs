@@ -9,6 +9,7 @@ use quetsch::batch::Batch;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::hooks::Masks;
 use quetsch::ops::forward;
+use quetsch::prune::Scores;
 use quetsch::runtime::{Model, Workspace};
 use quetsch::spec::{At, HeadSpec, ModelSpec, Tensor};
 use quetsch_train::features::{Compare, Link, Qkv};
@@ -738,7 +739,7 @@ fn layer_weights_find_the_layer_and_resume() {
     }
 }
 
-/// The criteria from the losses of single sentences, by finite differences of the masks.
+/// The criteria of heads, channels and layers from the losses of single sentences, by finite differences of the masks.
 #[test]
 fn scores_are_those_of_single_examples() {
     let ck = lively(uneven(HEADS[1]), 5);
@@ -746,8 +747,7 @@ fn scores_are_those_of_single_examples() {
     let set = TrainSet::sentences(&encodings, &labels);
     let params = Params::new(&ck, &[]);
     let ce = Objective::CrossEntropy(Hard::default());
-    let (at, units) = (At::Context(0), 3);
-    let loss = |example: usize, unit: usize, value: f32| {
+    let loss = |at: At, units: usize, example: usize, unit: usize, value: f32| {
         let mut mask = vec![1.0; units];
         mask[unit] = value;
         let masks = Masks([(at, mask)].into());
@@ -757,28 +757,60 @@ fn scores_are_those_of_single_examples() {
         gradients(&task, 0, &[example], 1, &mut Worker::team(&params, 1)).unwrap().0.total
     };
     let step = 1e-2f32;
-    let gradient =
-        |example, unit| (loss(example, unit, 1.0 + step) - loss(example, unit, 1.0 - step)) / f64::from(2.0 * step);
-    let g: Vec<Vec<f64>> = (0..12).map(|e| (0..units).map(|u| gradient(e, u)).collect()).collect();
+    // By sentence and unit.
+    let differences = |at: At, units: usize| -> Vec<Vec<f64>> {
+        let one = |e: usize, u: usize| {
+            (loss(at, units, e, u, 1.0 + step) - loss(at, units, e, u, 1.0 - step)) / f64::from(2.0 * step)
+        };
+        (0..12).map(|e| (0..units).map(|u| one(e, u)).collect()).collect()
+    };
+    let close = |got: f32, want: f64, n: usize| {
+        assert!((f64::from(got) - want).abs() < n as f64 * 2e-4 + 0.01 * want.abs(), "{got} {want}");
+    };
+    let layer = 2;
+    let shape = &ck.spec.layers[layer];
+    assert!(!shape.heads.is_empty() && shape.ffn > 0);
+    let all = [
+        (At::Context(0), ck.spec.layers[0].heads.len()),
+        (At::Context(layer), shape.heads.len()),
+        (At::FfnHidden(layer), shape.ffn),
+    ];
+    let all = all.map(|(at, units)| (at, units, differences(at, units)));
     for threads in [1, 2] {
         let sample = Sample { batch_size: 5, batches: 9, seed: 1, threads };
         let found = mask_gradients(&ck, &set, &ce, sample, true).unwrap();
-        let mean = |f: &dyn Fn(&[f64]) -> f64| g.iter().map(|row| f(row)).sum::<f64>() / 12.0;
-        let close = |got: f32, want: f64| {
-            assert!((f64::from(got) - want).abs() < 2e-4 + 0.01 * want.abs(), "{got} {want}");
-        };
-        for u in 0..units {
-            close(found.scores(Criterion::Taylor).heads[0][u], mean(&|row| row[u].abs()));
-            close(found.scores(Criterion::Fisher).heads[0][u], mean(&|row| row[u] * row[u]));
-            (0..units).for_each(|v| close(found.fisher(at)[u * units + v] / 12.0, mean(&|row| row[u] * row[v])));
-        }
-        assert!(found.fisher(At::Context(1)).is_empty(), "a layer without heads");
         // All sentences in one batch: the mean loss, and the layer's L2 norm as the unit.
         let sample = Sample { batch_size: 12, batches: 1, seed: 1, threads };
-        let heads = mask_gradients(&ck, &set, &ce, sample, false).unwrap().scores(Criterion::Gradient).heads;
-        let whole: Vec<f64> = (0..units).map(|u| g.iter().map(|row| row[u]).sum::<f64>().abs()).collect();
-        let norm = whole.iter().map(|x| x * x).sum::<f64>().sqrt();
-        (0..units).for_each(|u| close(heads[0][u], whole[u] / norm));
+        let whole = mask_gradients(&ck, &set, &ce, sample, false).unwrap().scores(Criterion::Gradient);
+        let (taylor, fisher) = (found.scores(Criterion::Taylor), found.scores(Criterion::Fisher));
+        let mut of_layer = [0.0; 3];
+        for (at, units, g) in &all {
+            let units = *units;
+            let mean = |f: &dyn Fn(&[f64]) -> f64| g.iter().map(|row| f(row)).sum::<f64>() / 12.0;
+            let of = |s: &Scores| match at {
+                At::Context(l) => s.heads[*l].clone(),
+                At::FfnHidden(l) => s.ffn[*l].clone(),
+                _ => vec![],
+            };
+            let batch: Vec<f64> = (0..units).map(|u| mean(&|row| row[u]).abs()).collect();
+            let norm = batch.iter().map(|x| x * x).sum::<f64>().sqrt();
+            for u in 0..units {
+                let (absolute, square) = (mean(&|row| row[u].abs()), mean(&|row| row[u] * row[u]));
+                close(of(&taylor)[u], absolute, 1);
+                close(of(&fisher)[u], square, 1);
+                close(of(&whole)[u], batch[u] / norm, 1);
+                (0..units)
+                    .for_each(|v| close(found.fisher(*at)[u * units + v] / 12.0, mean(&|row| row[u] * row[v]), 1));
+                if matches!(at, At::Context(l) | At::FfnHidden(l) if *l == layer) {
+                    of_layer.iter_mut().zip([absolute, square, batch[u]]).for_each(|(sum, x)| *sum += x);
+                }
+            }
+        }
+        let n = shape.heads.len() + shape.ffn;
+        for (scores, sum) in [&taylor, &fisher, &whole].into_iter().zip(of_layer) {
+            close(scores.layers[layer], sum, n);
+        }
+        assert!(found.fisher(At::Context(1)).is_empty(), "a layer without heads");
     }
 }
 

@@ -138,6 +138,54 @@ proptest! {
         prop_assert!(worst(&masked, run(&dense, &batch, Masks::new())) < SMALL);
     }
 
+    /// The layers that are kept are those, tensor by tensor of the file.
+    #[test]
+    fn kept_layers_are_copied_whole(spec in specs(), seed in any::<u64>()) {
+        let ck = lively(spec.clone(), seed);
+        let mut layers: Vec<usize> = (0..spec.layers.len()).collect();
+        let mut rng = Rng::new(seed);
+        rng.shuffle(&mut layers);
+        layers.truncate(1 + rng.below(layers.len()));
+        let kept = keep_layers(&ck, &layers).unwrap();
+        let named: std::collections::HashMap<String, Vec<f32>> =
+            ck.tensors().map(|(def, _)| (def.name.clone(), ck.values(def.tensor).into_owned())).collect();
+        let mut seen = 0;
+        for (def, _) in kept.tensors() {
+            let place = |l: usize| format!("layer.{l}.");
+            let here = (0..layers.len()).find(|l| def.name.contains(&place(*l)));
+            let name = here.map_or(def.name.clone(), |l| def.name.replace(&place(l), &place(layers[l])));
+            prop_assert_eq!(&named[&name], &*kept.values(def.tensor), "{} from {}", def.name, name);
+            seen += usize::from(here.is_some());
+        }
+        prop_assert!(seen >= layers.len());
+    }
+
+    /// Two plans one after the other == the two as one.
+    #[test]
+    fn plans_add_up(spec in specs(), seed in any::<u64>(), drops in any::<[bool; 2]>()) {
+        let ck = lively(spec.clone(), seed);
+        let some = |spec: &ModelSpec, seed: u64, drops: bool| {
+            let mut plan = random_plan(spec, seed);
+            if drops && spec.layers.len() > 1 {
+                let l = Rng::new(seed).below(spec.layers.len());
+                plan.layers.push(l);
+                plan.heads[l].clear();
+                plan.ffn[l].clear();
+            }
+            plan
+        };
+        let first = some(&spec, seed ^ 1, drops[0]);
+        let between = apply(&ck, &first).unwrap();
+        let second = some(&between.spec, seed ^ 2, drops[1]);
+        let both = first.then(&spec, &second).unwrap();
+        let (steps, once) = (apply(&between, &second).unwrap(), apply(&ck, &both).unwrap());
+        prop_assert_eq!(&steps.spec, &once.spec);
+        for (def, _) in steps.tensors() {
+            prop_assert_eq!(steps.values(def.tensor), once.values(def.tensor), "{}", def.name);
+        }
+        prop_assert!(second.then(&between.spec, &first).is_err() || first.parent == second.parent);
+    }
+
     /// Dropping layers and cutting groups in one plan == keeping the layers, then cutting.
     #[test]
     fn dropping_is_keeping_the_others(spec in specs(), seed in any::<u64>(), drop in 0..3usize) {

@@ -4,6 +4,7 @@
 
 use quetsch::dir::{self, ModelDir};
 use quetsch::quant::{Scheme, quantise};
+use quetsch::rng::Rng;
 use quetsch::runtime::Model;
 use quetsch::spec::Tensor;
 use quetsch::tokenizer::Tokenizer;
@@ -51,6 +52,39 @@ fn seen_texts_have_the_same_logits_and_others_still_encode() {
         // Nothing more to cut.
         let again = vocab::prune(&cut.model, &SEEN, 1).unwrap();
         assert_eq!(again.kept, (0..n as u32).collect::<Vec<_>>());
+    }
+}
+
+/// Whatever texts decide: theirs have the same logits to the bit, and every piece of a word that is gone is spelled.
+#[test]
+fn any_texts_can_decide() {
+    for name in ["tiny_student", "tiny_bert"] {
+        let whole = model(name);
+        let old = Tokenizer::new(&whole.tokenizer).unwrap();
+        for seed in 0..12 {
+            let mut rng = Rng::new(seed);
+            let mut text = || -> String {
+                let piece = |rng: &mut Rng| {
+                    let token = old.token(rng.below(whole.checkpoint.spec.vocab) as u32).unwrap();
+                    if token.starts_with('[') { "card".into() } else { token.replace("##", "") }
+                };
+                let n = 1 + rng.below(8);
+                (0..n).map(|_| piece(&mut rng) + if rng.below(3) == 0 { "" } else { " " }).collect()
+            };
+            let (seen, other): (Vec<String>, Vec<String>) =
+                ((0..5).map(|_| text()).collect(), (0..5).map(|_| text()).collect());
+            let cut = vocab::prune(&whole, &seen, 1).unwrap().model;
+            let texts: Vec<&str> = seen.iter().map(String::as_str).collect();
+            assert_eq!(logits(&whole, &texts), logits(&cut, &texts), "{name} {seed}");
+            let new = Tokenizer::new(&cut.tokenizer).unwrap();
+            let spelled = |t: &Tokenizer, text: &str| -> String {
+                let ids = t.encode(text, 200).unwrap().ids;
+                ids.iter().map(|id| t.token(*id).unwrap().replace("##", "")).collect()
+            };
+            for text in other.iter().filter(|text| !spelled(&old, text).contains("[UNK]")) {
+                assert_eq!(spelled(&old, text), spelled(&new, text), "{name} {seed}: {text:?}");
+            }
+        }
     }
 }
 

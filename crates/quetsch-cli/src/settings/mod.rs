@@ -250,6 +250,7 @@ impl Settings for Distill {
         c.error(self.teachers.len() <= most, "teachers", || {
             format!("lists {} teachers, at most {most} besides the first", self.teachers.len())
         });
+        c.error(self.training.epochs > 0, "epochs", || "is 0, must be at least 1".into());
         let (weights, all) = (&self.teacher_weights, 1 + self.teachers.len());
         c.error(weights.is_empty() || weights.len() == all, "teacher-weights", || {
             format!("has {} weights for {all} teachers", weights.len())

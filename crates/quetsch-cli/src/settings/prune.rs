@@ -19,9 +19,9 @@ pub enum Score {
     Fisher,
     /// Length of what it adds to the hidden states, on training sentences.
     Activation,
-    /// Sum of absolute weights.
+    /// Mean of the absolute weights (Li et al. 2017).
     L1,
-    /// Root of the sum of squared weights.
+    /// Root of the mean of the squared weights.
     L2,
 }
 
@@ -89,7 +89,7 @@ pub struct Prune {
     /// Feed-forward channels to cut, in every layer if their scope is per-layer: a share (0.25) or a number (256)
     #[arg(long, default_value_t = Amount::default())]
     pub ffn: Amount,
-    /// Layers to cut: a number (1), a share (0.5) or a list of layers (3,5)
+    /// Layers to cut: a number (2: any two), a share (0.5) or a list of layers (3,5; layer 3 alone: 3,)
     #[arg(long, default_value_t = Amount::default())]
     pub layers: Amount,
     /// Vocabulary to keep: all, or what the training texts use besides special tokens and single characters (train)
@@ -155,6 +155,10 @@ pub struct Prune {
     /// Cubic schedule: the share of the steps after which the zeros stay as they are
     #[arg(long, value_name = "SHARE", default_value_t = Prune::default().sparsity_until)]
     pub sparsity_until: f64,
+    /// Gradual pruning: the cut is made in so many parts, each followed by its part of the epochs [default: 1]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cuts: Option<usize>,
     /// A plan.json to apply instead of making a plan
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -196,6 +200,7 @@ impl Default for Prune {
             sparsity_scope: Scope::PerLayer,
             sparsity_schedule: SparsitySchedule::OneShot,
             sparsity_until: 0.7,
+            cuts: None,
             plan: None,
             kd: Kd::default(),
             training: Training::default(),
@@ -232,6 +237,19 @@ impl Settings for Prune {
              `keep-parameters`, `keep-latency`, `plan`, `sparsity` or `vocab`"
                 .into()
         });
+        if let Some(n) = self.cuts {
+            c.error(n > 0, "cuts", || "is 0, must be at least 1".into());
+            c.error(n <= self.training.epochs.max(1), "cuts", || {
+                format!("is {n}, but each is followed by an epoch or more: `epochs` is {}", self.training.epochs)
+            });
+            let lists = amounts.iter().any(|(_, a)| matches!(a, Amount::List(_)));
+            c.error(n == 1 || !lists && self.plan.is_none() && (cuts || budget), "cuts", || {
+                "parts a share, a number or a budget: set one, and no list and no `plan`".into()
+            });
+            c.error(n == 1 || self.latency_table.is_none(), "cuts", || {
+                "times what is left after each cut, so no `latency-table` can be given".into()
+            });
+        }
         c.error(self.plan.is_none() || !(cuts || budget || self.rearrange), "plan", || {
             "says what to cut: leave out heads, ffn, layers, all budgets (keep-..) and rearrange".into()
         });
@@ -264,6 +282,10 @@ impl Settings for Prune {
         c.error(self.latency_tokens != Some(0), "latency-tokens", || "is 0, must be at least 1".into());
         c.error(!self.rearrange || self.score == Score::Fisher, "rearrange", || {
             "needs second order: set `score` to fisher".into()
+        });
+        let listed = matches!(self.heads, Amount::List(_));
+        c.error(!self.rearrange || !listed, "rearrange", || {
+            "chooses heads again within each layer, but `heads` lists them: leave out one of them".into()
         });
         c.error(self.tune == Tune::None || self.layers.is_none(), "tune", || {
             "fits every layer to what it was, so none may go: cut `layers` in a stage of its own".into()

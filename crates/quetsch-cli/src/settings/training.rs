@@ -353,6 +353,21 @@ impl Kd {
                 format!("is {map}, but `{part}` is no part of the loss: set it to a weight above 0")
             });
         }
+        let parts = Kd::default();
+        let distances = self.hidden + self.embeddings;
+        let ways = [
+            ("logits-loss", self.logits_loss != parts.logits_loss, self.logits, "logits"),
+            ("hidden-loss", self.hidden_loss != parts.hidden_loss, distances, "hidden` or `embeddings"),
+            ("relations-of", self.relations_of != parts.relations_of, self.relations, "relations"),
+            ("relation-heads", self.relation_heads.is_some(), self.relations, "relations"),
+        ];
+        for (key, set, weight, part) in ways {
+            c.error(!set || weight != 0.0, key, || {
+                format!("is set, but what it is about is no part of the loss: give `{part}` a weight above 0")
+            });
+        }
+        let twice = (1..self.relations_of.len()).any(|i| self.relations_of[..i].contains(&self.relations_of[i]));
+        c.error(!twice, "relations-of", || "names one of query, key and value twice".into());
         if let Some(end) = self.alpha_end {
             c.range("alpha-end", end, 0.0, 1.0);
         }

@@ -132,7 +132,9 @@ pub fn training(data: &Data, wanted: Wanted, seed: u64, ui: &Ui) -> Result<Train
         ui.warn(format!("{path}: {warning}"));
     }
     let bytes = hash_file(path.as_ref())?;
-    let hash = hash_of(&[&bytes, &data.validation.to_string(), &seed.to_string(), &columns(data)]);
+    // Without a part set aside, the seed of the split decides nothing.
+    let split = if data.validation == 0.0 { String::new() } else { format!("{} {seed}", data.validation) };
+    let hash = hash_of(&[&bytes, &split, &columns(data)]);
     let (train, validation) = data::split(&set, data.validation, seed);
     Ok(Training { train, validation, unlabelled: vec![], hash })
 }

@@ -29,10 +29,17 @@ use std::time::Instant;
 
 /// The training sentences as the model reads them.
 pub struct Encoded {
+    /// Where texts are cut.
+    pub max_length: usize,
     /// What is trained on.
     pub train: Examples,
     /// What settings are chosen on.
     pub validation: Examples,
+}
+
+/// Where texts are cut if that is asked for: no later than the model cuts them when it is used.
+pub fn length(ck: &Checkpoint, asked: usize) -> usize {
+    asked.min(ck.max_length.unwrap_or(usize::MAX)).min(ck.spec.longest())
 }
 
 /// Tokenises the training data.
@@ -43,7 +50,8 @@ pub fn encode(corpus: &Corpus, tokenizer: &TokenizerFiles, max_length: usize, th
         let open = Examples::read(&corpus.open(), &tokenizer, max_length, threads)?;
         train.extend_unlabelled(open, corpus.train.task.problem != Problem::SingleLabel);
     }
-    Ok(Encoded { train, validation: Examples::read(&corpus.validation, &tokenizer, max_length, threads)? })
+    let validation = Examples::read(&corpus.validation, &tokenizer, max_length, threads)?;
+    Ok(Encoded { max_length, train, validation })
 }
 
 /// One epoch of a report.
@@ -254,7 +262,7 @@ impl Fit<'_> {
         }
         let (name, accuracy) = score(checkpoint, &self.encoded.validation, self.threads)?;
         let better = read_best(best_dir).is_none_or(|b| accuracy > b.accuracy);
-        if self.settings.keep == KeepEpoch::Best && better {
+        if self.settings.keep == KeepEpoch::Best && better && self.is_thin(epoch) {
             let folder = quetsch::atomic::Folder::create(best_dir, true)?;
             let model = ModelDir { checkpoint: checkpoint.clone(), tokenizer: self.tokenizer.clone() };
             dir::write_into(&folder, &model)?;
@@ -262,6 +270,14 @@ impl Fit<'_> {
             folder.commit()?;
         }
         Ok(Some((name, accuracy)))
+    }
+
+    /// Whether all zeros are there after this epoch: one that still has more weights is another model.
+    fn is_thin(&self, epoch: usize) -> bool {
+        match self.sparsity {
+            Sparsity::Cubic { until, .. } => epoch as f64 >= until * self.settings.epochs as f64,
+            Sparsity::Free | Sparsity::Keep => true,
+        }
     }
 
     /// Whether the best epoch lies so far back that more of them are not worth it.

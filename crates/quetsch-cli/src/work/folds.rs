@@ -46,9 +46,6 @@ pub fn train(
     ui: &Ui,
 ) -> Result<Vec<(&'static str, Vec<u8>)>> {
     let (n, labels) = (run.corpus.train.len(), start.spec.head.labels());
-    if folds > n {
-        bail!("`folds` is {folds}, the training data has {n} sentences");
-    }
     let mut order: Vec<usize> = (0..n).collect();
     Rng::new(key(&[seed, 0xf01d])).shuffle(&mut order);
     let all = &run.encoded.train;
@@ -68,6 +65,7 @@ pub fn train(
             Some(found) => found,
             None => {
                 let encoded = Encoded {
+                    max_length: run.encoded.max_length,
                     train: all.subset(inside.iter().copied()),
                     validation: run.encoded.validation.clone(),
                 };

@@ -54,7 +54,12 @@ fn train(job: &Job, s: &Train, key: &str, ui: &Ui) -> Result<Made> {
     let seed = s.training.seed.unwrap_or(job.seed);
     let start = with_head(&model.checkpoint.to_f32(), kind, corpus.train.names.clone(), seed)?;
     let start = start.with_problem(task.problem);
-    let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
+    let n = corpus.train.len();
+    if s.folds > n {
+        return Err(usage(format!("`folds` is {}, the training data has {n} sentences", s.folds)));
+    }
+    let length = fit::length(&model.checkpoint, s.training.max_length);
+    let encoded = fit::encode(&corpus, &model.tokenizer, length, job.threads)?;
     let weights = class_weights(&s.training, &encoded, &corpus)?;
     let objective = Objective::CrossEntropy(hard(&s.training, &weights, corpus.train.task));
     let run = Run {
@@ -114,7 +119,8 @@ fn distill(job: &Job, s: &Distill, key: &str, ui: &Ui) -> Result<Made> {
         corpus.add_unlabelled(path, job.data)?;
         ui.note(format!("{}: {} texts without labels", job.id, corpus.unlabelled.len()));
     }
-    let encoded = fit::encode(&corpus, &teacher.tokenizer, s.training.max_length, job.threads)?;
+    let length = fit::length(&teacher.checkpoint, s.training.max_length);
+    let encoded = fit::encode(&corpus, &teacher.tokenizer, length, job.threads)?;
     let sparsity = sparsity(&s.training);
     let run =
         Run { job, corpus: &corpus, encoded: &encoded, model: &teacher, settings: &s.training, sparsity, key };
@@ -285,7 +291,7 @@ impl Run<'_> {
     /// The teacher's logits on the training sentences: computed once, then read from the cache.
     pub fn teacher_logits(&self, teacher: &Checkpoint, role: &str, ui: &Ui) -> Result<Vec<f32>> {
         let model = corpus::hash_model(self.job.input(role)?)?;
-        let length = self.settings.max_length.to_string();
+        let length = self.encoded.max_length.to_string();
         let name = corpus::hash_of(&[&model, &self.corpus.hash, &length]);
         let cache = self.job.cache.clone().unwrap_or_else(|| self.job.state().join("cache"));
         let path = cache.join(format!("logits-{}.f32", &name[..16]));
@@ -312,7 +318,8 @@ impl Run<'_> {
         for (i, role) in (1..all).zip(MORE_TEACHERS) {
             let other = read_model(self.job.input(role)?, ui)?;
             same_labels(self.model, &other, "teacher", role)?;
-            let encoded = fit::encode(self.corpus, &other.tokenizer, self.settings.max_length, self.job.threads)?;
+            let length = fit::length(&other.checkpoint, self.settings.max_length);
+            let encoded = fit::encode(self.corpus, &other.tokenizer, length, self.job.threads)?;
             let run = Run { encoded: &encoded, model: &other, ..*self };
             if encoded.train.count() != self.encoded.train.count() {
                 bail!("{role} reads another number of words than the first teacher: raise max-length");

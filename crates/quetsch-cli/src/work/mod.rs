@@ -158,13 +158,21 @@ impl Job<'_> {
         }
         let state = self.state();
         if state.exists() && !self.resume {
-            if state.join("state").exists() && !self.force {
+            let saved = [state.join("state"), thin::cut(&state, 1)];
+            if saved.iter().any(|s| s.exists()) && !self.force {
                 let out = self.out.display();
                 anyhow::bail!(
                     "the training of {out} was interrupted: pass --resume to go on, or --force to start again"
                 );
             }
             std::fs::remove_dir_all(&state).with_context(|| format!("cannot remove {}", state.display()))?;
+        }
+        let is_out = |path: &PathBuf| match (path.canonicalize(), self.out.canonicalize()) {
+            (Ok(input), Ok(out)) => input == out,
+            _ => false,
+        };
+        if let Some((role, _)) = self.inputs.iter().find(|(_, path)| is_out(path)) {
+            return Err(usage(format!("--out {} is the {role} itself: name another folder", self.out.display())));
         }
         // Asked for now, so that a place that cannot be written is known before hours of work.
         let folder = Folder::create(&self.out, self.force)?;

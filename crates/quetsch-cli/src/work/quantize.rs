@@ -63,7 +63,7 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
     let mut trained = None;
     if s.needs_data() {
         let corpus = corpus::training(job.data, (&source).into(), job.seed, ui)?;
-        let length = source.max_length.unwrap_or(256).min(source.spec.longest());
+        let length = fit::length(&source, 256);
         let encoded = fit::encode(&corpus, &model.tokenizer, length, job.threads)?;
         // Labels of words are not labels of rows.
         let labels = if corpus.train.task.level == Level::Sentence { &corpus.train.labels[..] } else { &[] };

@@ -5,7 +5,8 @@ use super::fit;
 use super::make::{Run, class_weights, hard, read_model, same_language, sparsity};
 use super::teacher::{Inside, soft};
 use super::{Job, Made, round};
-use crate::settings::{self, Prune, Score, SparsitySchedule, Tune, Vocab};
+use crate::recipe::Kind;
+use crate::settings::{self, Data, Prune, Score, SparsitySchedule, Training, Tune, Vocab};
 use crate::ui::Ui;
 use crate::values::{Amount, Place};
 use anyhow::{Context, Result, bail};
@@ -13,17 +14,120 @@ use quetsch::batch::Encoding;
 use quetsch::checkpoint::Checkpoint;
 use quetsch::dir::ModelDir;
 use quetsch::prune::{self, Budget, Costs, Cut, Keep, LatencyTable, Magnitude, Plan, Scope, Scores, Timing};
+use quetsch::quant;
 use quetsch::spec::At;
 use quetsch::vocab;
 use quetsch_train::scores::Sample;
 use quetsch_train::{Criterion, MaskGradients, Objective, Sparsity, TrainSet, mask_gradients};
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// The file with what was cut.
+const PLAN: &str = "plan.json";
 
 /// Runs the stage.
 pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
+    match s.cuts {
+        Some(cuts @ 2..) => gradually(job, s, cuts, key, ui),
+        _ => at_once(job, s, key, ui),
+    }
+}
+
+/// Where the model after cut `i` (from 1) lives until the stage is done.
+pub fn cut(state: &Path, i: usize) -> PathBuf {
+    state.join(format!("cut-{i}"))
+}
+
+/// Several cuts, each a whole pruning stage that starts from what the one before left. A stage that was interrupted finds
+/// those that are done.
+fn gradually(job: &Job, s: &Prune, cuts: usize, key: &str, ui: &Ui) -> Result<Made> {
+    let original = job.input("model")?;
+    let spec = read_model(original, ui)?.checkpoint.spec;
+    let data = Data { test: None, ..job.data.clone() };
+    let mut inputs = job.inputs.clone();
+    inputs.entry("teacher").or_insert_with(|| original.into());
+    let (mut plan, mut epochs, mut reports) = (None::<Plan>, vec![], vec![]);
+    let mut add = |report: &Value, next: Plan| -> Result<()> {
+        let of_cut = |key: &String| key == "plan" || key == "kept_epoch" || key.starts_with("train_");
+        let facts: BTreeMap<_, _> = report.as_object().into_iter().flatten().filter(|(k, _)| of_cut(k)).collect();
+        reports.push(json!(facts));
+        for epoch in report["epochs"].as_array().into_iter().flatten() {
+            let mut epoch = epoch.clone();
+            epoch["epoch"] = json!(epochs.len() + 1);
+            epochs.push(epoch);
+        }
+        plan = Some(match plan.take() {
+            Some(before) => before.then(&spec, &next)?,
+            None => next,
+        });
+        Ok(())
+    };
+    for i in 1..cuts {
+        let kind = Kind::Prune(part(s, i, cuts));
+        let out = cut(&job.state(), i);
+        std::fs::create_dir_all(job.state()).with_context(|| format!("cannot make {}", job.state().display()))?;
+        let cache = job.cache.clone().or_else(|| Some(job.state().join("cache")));
+        let id = format!("{} cut {i} of {cuts}", job.id);
+        let inputs_now = inputs.clone();
+        let step =
+            Job { id: &id, kind: &kind, data: &data, unlabelled: None, inputs: inputs_now, out, cache, ..*job };
+        add(&step.run(ui)?, read_plan(&step.out.join(PLAN))?)?;
+        inputs.insert("model", step.out);
+    }
+    let cache = job.cache.clone().or_else(|| Some(job.state().join("cache")));
+    let last = Job { unlabelled: None, inputs, out: job.out.clone(), cache, ..*job };
+    let mut made = at_once(&last, &part(s, cuts, cuts), key, ui)?;
+    let (name, bytes) = made.files.iter_mut().find(|(name, _)| *name == PLAN).context("no plan was made")?;
+    add(&Value::Object(made.report.clone()), serde_json::from_slice(bytes).with_context(|| format!("{name}"))?)?;
+    let plan = plan.context("no plan was made")?;
+    ui.note(&plan);
+    *bytes = super::pretty(&plan)?;
+    made.report.insert("plan".into(), json!(plan.to_string()));
+    made.report.insert("epochs".into(), json!(epochs));
+    made.report.insert("cuts".into(), json!(reports));
+    Ok(made)
+}
+
+/// Cut `i` (from 1) of `cuts`, equal steps of the original model; shares are of what the one before left.
+fn part(s: &Prune, i: usize, cuts: usize) -> Prune {
+    let (before, now) = ((i - 1) as f64 / cuts as f64, i as f64 / cuts as f64);
+    let kept = |gone: f64| (1.0 - gone * now) / (1.0 - gone * before);
+    let whole = |n: usize| n * i / cuts - n * (i - 1) / cuts;
+    let amount = |a: &Amount| match a {
+        Amount::Share(gone) => Amount::Share(1.0 - kept(*gone)),
+        Amount::Count(n) => Amount::Count(whole(*n)),
+        Amount::List(list) => Amount::List(list.clone()),
+    };
+    let budget = |share: Option<f64>| share.map(|share| kept(1.0 - share));
+    let mut part = Prune {
+        cuts: None,
+        heads: amount(&s.heads),
+        ffn: amount(&s.ffn),
+        layers: amount(&s.layers),
+        keep_macs: budget(s.keep_macs),
+        keep_parameters: budget(s.keep_parameters),
+        keep_latency: budget(s.keep_latency),
+        training: Training { epochs: whole(s.training.epochs), ..s.training.clone() },
+        ..s.clone()
+    };
+    if i < cuts {
+        // Words and single weights go last.
+        let all = Prune::default();
+        part.vocab = all.vocab;
+        (part.sparsity, part.sparsity_schedule) = (all.sparsity, all.sparsity_schedule);
+    }
+    part
+}
+
+fn at_once(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     let model = read_model(job.input("model")?, ui)?;
+    if model.checkpoint.is_quantised() {
+        ui.note(format!(
+            "{}: the model is quantised; what is pruned are its weights as they are now, in f32",
+            job.id
+        ));
+    }
     let parent = model.checkpoint.to_f32();
     let recovers = s.training.epochs > 0;
     let learns = recovers || needs_scores(s) && sees_data(s.score);
@@ -37,11 +141,12 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
             checkpoint: thinned(s, prune::apply(&parent, &plan)?)?,
             tokenizer: model.tokenizer,
             report: Map::from_iter([("plan".to_string(), json!(plan.to_string()))]),
-            files: vec![("plan.json", super::pretty(&plan)?)],
+            files: vec![(PLAN, super::pretty(&plan)?)],
         });
     }
     let corpus = corpus::training(job.data, (&parent).into(), job.seed, ui)?;
-    let encoded = fit::encode(&corpus, &model.tokenizer, s.training.max_length, job.threads)?;
+    let length = fit::length(&model.checkpoint, s.training.max_length);
+    let encoded = fit::encode(&corpus, &model.tokenizer, length, job.threads)?;
     let run = Run {
         job,
         corpus: &corpus,
@@ -92,7 +197,7 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
                 "{}: {} of {} words of the vocabulary kept",
                 job.id, small.checkpoint.spec.vocab, parent.spec.vocab
             ));
-            small_encoded = fit::encode(&corpus, &small.tokenizer, s.training.max_length, job.threads)?;
+            small_encoded = fit::encode(&corpus, &small.tokenizer, length, job.threads)?;
             (small.checkpoint.clone(), Run { encoded: &small_encoded, model: &small, ..run })
         }
     };
@@ -119,7 +224,13 @@ pub fn prune(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
         ui.note(format!("{}: validation: {}", job.id, fit::shown((figure, x))));
     }
     report.insert("vocabulary".into(), json!(checkpoint.spec.vocab));
-    files.push(("plan.json", super::pretty(&plan)?));
+    if s.sparsity > 0.0 {
+        let zeros = prune::sparsity(&checkpoint).into_iter();
+        let zeros: BTreeMap<_, _> =
+            zeros.map(|(lin, share)| (quant::site(&checkpoint.spec, lin), round(share, 4))).collect();
+        report.insert("sparsity".into(), json!(zeros));
+    }
+    files.push((PLAN, super::pretty(&plan)?));
     if let Some(table) = &table {
         let layers = |spec| json!(round(table.layers_us(spec), 1));
         report.insert(

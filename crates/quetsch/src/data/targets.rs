@@ -314,7 +314,17 @@ impl Reader<'_> {
             Written::Many(many) => Some(many.len()),
         };
         let first = self.units.iter().find_map(width).unwrap_or(0);
-        let numbered = || (0..first).map(|i| format!("LABEL_{i}")).collect();
+        let numbered = || (0..first).map(|i| format!("LABEL_{i}")).collect::<Vec<_>>();
+        if let (Some(given), Some(own @ [_, _, ..])) = (&given, own.as_deref())
+            && *given != numbered()
+            && given != own
+        {
+            let (found, expected) = (own.join(", "), given.join(", "));
+            return Err(Error::file(
+                &self.table.path,
+                format!("numbers of the columns {found}, expected those of {expected}, in this order"),
+            ));
+        }
         let names = given.or(own.filter(|own| own.len() == first)).unwrap_or_else(numbered);
         if names.is_empty() {
             return Err(Error::file(&self.table.path, format!("no number in it (column `{}`)", self.column)));

@@ -155,6 +155,31 @@ impl Plan {
         (0..self.parent.layers.len()).filter(|l| !self.layers.contains(l)).collect()
     }
 
+    /// This plan and then `next`, a plan for what this one leaves of `parent`, as one. Without scores: those of the two
+    /// are of different models.
+    ///
+    /// # Errors
+    /// As [`Plan::child`] of either.
+    pub fn then(&self, parent: &ModelSpec, next: &Plan) -> Result<Plan> {
+        next.child(&self.child(parent)?)?;
+        let mut both = Plan { scores: Scores::default(), ..self.clone() };
+        for (i, l) in self.kept_layers().into_iter().enumerate() {
+            if next.layers.contains(&i) {
+                both.layers.push(l);
+                both.heads[l].clear();
+                both.ffn[l].clear();
+                continue;
+            }
+            both.heads[l].extend(&next.heads[i]);
+            both.heads[l].sort_unstable();
+            let left: Vec<usize> = (0..parent.layers[l].ffn).filter(|c| !self.ffn[l].contains(c)).collect();
+            both.ffn[l].extend(next.ffn[i].iter().map(|&c| left[c]));
+            both.ffn[l].sort_unstable();
+        }
+        both.layers.sort_unstable();
+        Ok(both)
+    }
+
     /// The spec that `parent` has after this plan. All checks of a plan are here.
     ///
     /// # Errors
@@ -166,7 +191,7 @@ impl Plan {
             return bad(format!("version {}, expected {VERSION}; make the plan again", self.version));
         }
         let found = Parent::of(parent);
-        if self.parent.fingerprint != found.fingerprint {
+        if self.parent != found {
             return bad(format!(
                 "made for a parent with {}; this model has {}. Shapes and tensor names must be the same, also of \
                  embeddings and classifier: make the plan again",

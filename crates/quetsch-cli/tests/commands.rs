@@ -135,6 +135,38 @@ fn init_and_run_need_no_edits() {
 }
 
 #[test]
+fn init_says_why_a_recipe_would_not_run() {
+    let place = Place::new();
+    let rows = |n: usize, label: &dyn Fn(usize) -> String| {
+        (0..n).fold("text,label\n".to_string(), |t, i| t + &format!("hello number {i},{}\n", label(i)))
+    };
+    let cases: [(&str, String, &[&str]); 4] = [
+        ("one.csv", rows(20, &|_| "only".into()), &["every row has the label `only`"]),
+        ("few.csv", rows(8, &|i| format!("l{}", i % 4)), &["--test FILE", "8 sentences are too few"]),
+        ("score.csv", rows(20, &|i| format!("{}.5", i)), &["--test FILE", "regression"]),
+        (
+            "empty.csv",
+            rows(20, &|i| if i == 3 { String::new() } else { format!("l{}", i % 2) }),
+            &["line 5", "empty"],
+        ),
+    ];
+    for (file, text, said) in cases {
+        place.write(file, text.as_bytes());
+        let done = place.run(&format!("init {file} --model model --out {file}.toml"));
+        assert!(done.code != 0 && said.iter().all(|s| done.stderr.contains(s)), "{file}: {}", done.stderr);
+        assert!(!place.path(&format!("{file}.toml")).exists(), "{file}: no recipe");
+    }
+    let stars = rows(40, &|i| (1 + i % 5).to_string());
+    place.write("stars.csv", stars.as_bytes());
+    let done = place.ok("init stars.csv --model model --out stars.toml");
+    assert!(done.stdout.contains("40 sentences and 5 labels"), "{}", done.stdout);
+    let headerless = "wo ist meine karte|karte\n".repeat(3) + &"neue pin bitte|pin\n".repeat(3);
+    place.write("bare.csv", headerless.as_bytes());
+    let done = place.run("init bare.csv --model model --test test.csv --out bare.toml");
+    assert!(done.stderr.contains("first line looks like data"), "{}", done.stderr);
+}
+
+#[test]
 fn without_test_data_the_part_set_aside_stands_in() {
     let place = Place::new();
     let without = RECIPE.replace("test = \"test.csv\"", "validation = 0.25");

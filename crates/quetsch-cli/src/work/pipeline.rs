@@ -2,6 +2,7 @@
 
 use super::compare::{Comparison, Plan, compare};
 use super::gate::{self, Gate};
+use super::report::Lang;
 use super::{Job, corpus, pretty};
 use crate::exit::{interrupted, usage};
 use crate::recipe::{self, Kind, Recipe, Stage};
@@ -130,13 +131,13 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
                 result.data.held_out = measured.is_held_out;
                 let dir = recipe.stage_dir(&stage.id);
                 std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-                let title = s.lang.pick("Quetsch: comparison", "Quetsch:模型对比");
+                let title = s.lang.pick("Quetsch: comparison", "Quetsch：模型对比");
                 write_file(dir.join("report.json"), &pretty(&result)?)?;
                 write_file(dir.join("report.md"), result.markdown(s.lang).as_bytes())?;
                 if result.has_page() {
                     write_file(dir.join("report.html"), result.html(title, s.lang)?.as_bytes())?;
                 }
-                ui.say(format!("{}\n{}\n-> {}", result.table(), result.legend(), dir.display()))?;
+                ui.say(format!("{}\n{}\n-> {}", result.table(), result.legend(Lang::En), dir.display()))?;
                 reports.push(json!({ "id": stage.id, "stage": "compare", "comparison": result }));
                 comparison = Some(result);
             }

@@ -134,6 +134,32 @@ fn init_and_run_need_no_edits() {
     assert!(parameters("plain").is_some() && parameters("plain") == parameters("pruned"), "of the same size");
 }
 
+/// `docs/recipes.md`: what the teacher is worth.
+#[test]
+fn a_plain_student_has_the_same_shape_and_no_teacher_in_its_loss() {
+    let place = Place::new();
+    let distill = |id: &str, alpha: f64| {
+        format!("[[stage]]\n[stage.distill]\nid = \"{id}\"\nlayers = [0, 2]\nalpha = {alpha:.1}\nepochs = 1\n")
+    };
+    let head = "model = \"model\"\nout = \"out\"\n[data]\ntrain = \"train.csv\"\ntest = \"test.csv\"\nvalidation = 0\n\
+                [[stage]]\n[stage.train]\nid = \"teacher\"\nepochs = 1\n";
+    let recipe = format!(
+        "{head}{}{}[[stage]]\n[stage.compare]\nno-speed = true\n",
+        distill("student", 0.3),
+        distill("plain", 1.0)
+    );
+    place.write("r.toml", recipe.as_bytes());
+    place.ok("run r.toml");
+    let report = json(&String::from_utf8_lossy(&place.read("out/compare/report.json")));
+    assert_eq!(report["variants"][1]["parameters"], report["variants"][2]["parameters"]);
+    for (id, has_kl) in [("student", true), ("plain", false)] {
+        let metrics = String::from_utf8_lossy(&place.read(&format!("out/{id}/metrics.jsonl"))).into_owned();
+        let first = json(metrics.lines().next().expect("a step"));
+        let number = |key: &str| first[key].as_f64().unwrap_or(0.0);
+        assert_eq!((number("loss") - number("ce")).abs() > 1e-9, has_kl, "{id}: {first}");
+    }
+}
+
 #[test]
 fn init_says_why_a_recipe_would_not_run() {
     let place = Place::new();

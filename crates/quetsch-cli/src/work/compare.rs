@@ -482,21 +482,24 @@ pub fn measure(model: &Path, data: &Data, threads: usize) -> Result<Speed> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use schemars::generate::SchemaSettings;
 
-    /// `docs/report.schema.json` describes what is written. `QUETSCH_UPDATE=1` writes it anew.
-    #[test]
-    fn the_published_schema_is_that_of_the_report() {
+    /// `docs/FILE` describes what is written. `QUETSCH_UPDATE=1` writes it anew.
+    pub fn assert_published<T: JsonSchema>(file: &str) {
         let generator = SchemaSettings::draft2020_12().for_serialize().into_generator();
-        let schema = generator.into_root_schema_for::<Comparison>();
-        let found = serde_json::to_string_pretty(&schema).expect("JSON") + "\n";
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/report.schema.json");
+        let found = serde_json::to_string_pretty(&generator.into_root_schema_for::<T>()).expect("JSON") + "\n";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(file);
         if std::env::var_os("QUETSCH_UPDATE").is_some() {
             std::fs::write(&path, &found).expect("written");
         }
         let published = std::fs::read_to_string(&path).expect("the schema");
-        assert!(published == found, "run this test with QUETSCH_UPDATE=1 and look at what changed");
+        assert!(published == found, "{file}: run this test with QUETSCH_UPDATE=1 and look at what changed");
+    }
+
+    #[test]
+    fn the_published_schema_is_that_of_the_report() {
+        assert_published::<Comparison>("report.schema.json");
     }
 }

@@ -109,7 +109,7 @@ impl Comparison {
                 tip: format!("{}: {:.2} -> {:.2} ({})", v.name, b.confidence, b.accuracy, b.n),
             }));
         }
-        let axis = |label| Axis::new(label, "", 0.0, 1.0);
+        let axis = |label| Axis::around(label, "", [0.0, 1.0].into_iter());
         figure_of(Plot {
             title: w["reliability"].into(),
             x: axis(w["confidence"]),

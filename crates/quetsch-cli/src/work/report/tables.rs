@@ -32,11 +32,13 @@ pub fn tiles(first: &Variant, v: &Variant, lang: Lang) -> Vec<Value> {
     let delta = summary::to_first(v).map_or_else(String::new, |d| {
         let more = summary::right(v) - summary::right(first);
         let (points, n, name) = (points(d.accuracy_delta, 2), more.abs(), &first.name);
-        match (lang, more < 0) {
-            (Lang::En, true) => format!("{points} points: {n} fewer right than {name}"),
-            (Lang::En, false) => format!("{points} points: {n} more right than {name}"),
-            (Lang::Zh, true) => format!("{points} 个百分点：比 {name} 少答对 {n} 个"),
-            (Lang::Zh, false) => format!("{points} 个百分点：比 {name} 多答对 {n} 个"),
+        match (lang, more) {
+            (Lang::En, 0) => format!("as many right as {name}"),
+            (Lang::En, ..0) => format!("{points} points: {n} fewer right than {name}"),
+            (Lang::En, _) => format!("{points} points: {n} more right than {name}"),
+            (Lang::Zh, 0) => format!("与 {name} 答对的一样多"),
+            (Lang::Zh, ..0) => format!("{points} 个百分点：比 {name} 少答对 {n} 个"),
+            (Lang::Zh, _) => format!("{points} 个百分点：比 {name} 多答对 {n} 个"),
         }
     });
     let mut tiles = vec![

@@ -1,26 +1,28 @@
 //! The end of a search: every trained shape worth it is stored in every way, timed, and what nothing beats is measured
 //! on the test data, once.
 
+use super::Search;
 use super::trial::{self, Status, Trial};
-use super::{RECORD, Search};
 use crate::commands::Speed;
-use crate::recipe::Kind;
+use crate::recipe::{Kind, SearchFile};
 use crate::settings::{Compare, Data, Prune, Quantize, Vocab};
 use crate::ui::{duration, mb, percent};
 use crate::work::compare::{self, Chosen, Comparison, Plan};
+use crate::work::machine::{self, Machine};
 use crate::work::pareto::{front, hypervolume, select};
 use crate::work::report::Lang;
-use crate::work::{machine, pretty, round};
+use crate::work::{pretty, round};
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use quetsch::atomic::write_file;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// A model that was measured.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Point {
     /// Shape, `v` for a smaller vocabulary, and the way its weights are stored.
     pub name: String,
@@ -41,6 +43,45 @@ pub struct Point {
     /// In a process of its own.
     #[serde(flatten)]
     pub speed: Speed,
+}
+
+/// What a finished search adds to `search.json`.
+#[derive(Serialize, JsonSchema)]
+pub struct Outcome<'a> {
+    /// Program and version.
+    tool: &'static str,
+    /// Where it was measured.
+    machine: Machine,
+    /// Threads of all trials together.
+    threads: usize,
+    /// Trials at a time.
+    jobs: usize,
+    /// The search file with nothing left open.
+    #[schemars(with = "Value")]
+    search: &'a SearchFile,
+    /// The teacher's accuracy on the validation part.
+    teacher_validation_accuracy: f64,
+    /// The TF-IDF baseline's.
+    baseline_validation_accuracy: f64,
+    /// Points that the recommended model may lose against the teacher.
+    max_drop: f64,
+    /// Name of the recommended point; none if every one loses too much or is below the baseline.
+    recommended: Option<String>,
+    /// Beyond the teacher and the baseline.
+    hypervolume: Hypervolume,
+    /// The models that were timed, the teacher first.
+    points: &'a [Point],
+    /// Accuracy on the test data by name.
+    test_accuracy: BTreeMap<&'a str, f64>,
+}
+
+/// Areas that the points dominate.
+#[derive(Serialize, JsonSchema)]
+struct Hypervolume {
+    /// Points of accuracy times doublings of speed.
+    latency: f64,
+    /// Points of accuracy times halvings of size.
+    size: f64,
 }
 
 /// What a search found: `search.json`.
@@ -242,7 +283,7 @@ impl Search<'_> {
         let size: fn(&Point) -> f64 = |p| p.disk_bytes as f64;
         let reference = |cost: fn(&Point) -> f64| (cost(&first).log2(), 100.0 * self.baseline);
         let volume = |cost| round(hypervolume(&at(cost), reference(cost)), 4);
-        let hypervolumes = json!({ "latency": volume(latency), "size": volume(size) });
+        let hypervolume = Hypervolume { latency: volume(latency), size: volume(size) };
 
         // The recommended point, then what says most about either cost, one after the other.
         let mut finals: Vec<usize> =
@@ -267,27 +308,22 @@ impl Search<'_> {
             Some(_) => comparison.variants.iter().map(|v| (v.name.as_str(), v.labels().accuracy)).collect(),
             None => BTreeMap::new(),
         };
-        let record = json!({
-            "version": 1,
-            "tool": comparison.tool,
-            "key": self.key,
-            "finished": true,
-            "seconds": round(self.seconds(), 1),
-            "machine": machine::this(),
-            "threads": self.options.threads,
-            "jobs": self.options.jobs,
-            "search": self.file,
-            "teacher_validation_accuracy": self.trials[teacher].accuracy.or(Some(first.validation_accuracy)),
-            "baseline_validation_accuracy": self.baseline,
-            "max_drop": self.file.search.max_drop,
-            "recommended": recommended,
-            "hypervolume": hypervolumes,
-            "points": points,
-            "test_accuracy": on_test,
-            "trials": self.trials,
-        });
-        write_file(out.join(RECORD), &pretty(&record)?)?;
-        Ok(Found(record))
+        let first_accuracy = first.validation_accuracy;
+        let outcome = Outcome {
+            tool: comparison.tool,
+            machine: machine::this(),
+            threads: self.options.threads,
+            jobs: self.options.jobs,
+            search: self.file,
+            teacher_validation_accuracy: self.trials[teacher].accuracy.unwrap_or(first_accuracy),
+            baseline_validation_accuracy: self.baseline,
+            max_drop: self.file.search.max_drop.0,
+            recommended,
+            hypervolume,
+            points: &points,
+            test_accuracy: on_test,
+        };
+        Ok(Found(self.save(Some(outcome))?))
     }
 
     /// The final points on the test data, which nothing before has looked at.

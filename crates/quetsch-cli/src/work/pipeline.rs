@@ -105,7 +105,8 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     let last_comparison = comparisons.next_back().map(|s| s.id.as_str());
     let (mut reports, mut comparison) = (vec![], None);
     for (n, stage) in stages.iter().enumerate() {
-        ui.note(format!("stage {} of {}: {}", n + 1, stages.len(), stage.id));
+        let so_far = duration(started.elapsed().as_secs_f64());
+        ui.note(format!("stage {} of {}: {} ({so_far} so far)", n + 1, stages.len(), stage.id));
         if is_interrupted() {
             let id = &stage.id;
             return Err(interrupted(format!("interrupted before {id}; run the same command to go on from there")));

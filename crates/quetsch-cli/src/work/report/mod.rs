@@ -123,7 +123,7 @@ fn cells(v: &Variant) -> [String; 12] {
             percent(v.labels().macro_f1),
             against(&|a| format!("{} pt", points(a.accuracy_delta, 2))),
             against(&|a| format!("{} ({})", a.flips, percent(a.flip_rate))),
-            against(&|a| p_value(a.mcnemar.p).trim_start_matches("p = ").replace("p < ", "<")),
+            against(&|a| p_value(a.mcnemar.p)),
         ],
     };
     let [delta, flips, p] = far;
@@ -152,7 +152,7 @@ fn figure(x: f64, decimals: usize) -> String {
 
 /// Of a test; it is never 0.
 fn p_value(p: f64) -> String {
-    if p < 0.001 { "p < 0.001".into() } else { format!("p = {p:.3}") }
+    if p < 0.001 { "<0.001".into() } else { format!("{p:.3}") }
 }
 
 /// A difference of shares in points, with its sign.

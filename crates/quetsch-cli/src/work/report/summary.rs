@@ -162,7 +162,7 @@ impl Comparison {
                 let chance = if d.mcnemar.p >= 0.05 { "未超出偶然范围" } else { "并非偶然" };
                 format!(
                     "{rows}中 {name} 答对 {a}，{old} 答对 {b}：相差 {delta} 个百分点（95% 区间 {low} 至 {high}{}）。\
-                     这一差异{chance}（McNemar {p}）；{flips} 的答案有变。",
+                     这一差异{chance}（McNemar p：{p}）；{flips} 的答案有变。",
                     if may_lose_more { more } else { String::new() }
                 )
             }
@@ -171,7 +171,7 @@ impl Comparison {
                 let chance = if d.mcnemar.p >= 0.05 { "may be chance" } else { "is not chance" };
                 format!(
                     "Of {rows} {name} answers {a} right, {old} {b}: {delta} points (95% interval {low} to {high}{}). \
-                     That difference {chance} (McNemar {p}); {flips} of the answers changed.",
+                     That difference {chance} (McNemar p: {p}); {flips} of the answers changed.",
                     if may_lose_more { more } else { String::new() }
                 )
             }

@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 
 pub use examples::Examples;
 pub use split::{Overlap, overlap, split};
-use table::{Blocks, Table};
+use table::{Blocks, Cell, Table};
 
 use crate::task::{Level, Problem, Task, UNLABELLED};
 use crate::{Error, Result};
@@ -230,6 +230,16 @@ pub fn read(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Dataset> {
         dataset.warnings.push(warning);
     }
     Ok(dataset)
+}
+
+/// The columns of a table and its cells as they are written; a cell that is no text, or a list, is empty.
+pub fn cells(path: impl AsRef<Path>) -> Result<(Vec<String>, Vec<Vec<String>>)> {
+    let Table { columns, rows, .. } = Table::read(path.as_ref())?;
+    let text = |cell: Cell| match cell {
+        Cell::Text(text) => text,
+        Cell::List(_) | Cell::Not(_) => String::new(),
+    };
+    Ok((columns, rows.into_iter().map(|row| row.cells.into_iter().map(text).collect()).collect()))
 }
 
 /// Sentences of words to predict: the lists of the words' column of a `.jsonl` or `.parquet` file, else lines or texts cut at white

@@ -239,6 +239,15 @@ fn compare(pairs: impl Iterator<Item = Pair>) -> Agreement {
     }
 }
 
+/// Where [`temperature`] looks.
+const TEMPERATURES: [f64; 2] = [0.05, 20.0];
+
+/// Whether a temperature is an end of those that were looked at: the loss is lowest beyond it.
+pub fn is_at_bound(temperature: f64) -> bool {
+    let [low, high] = TEMPERATURES;
+    temperature < low * 1.01 || temperature > high / 1.01
+}
+
 /// The temperature that logits are divided by for the lowest loss (Guo et al. 2017). It changes no prediction.
 pub fn temperature(logits: &[f32], truth: &[u32], labels: usize) -> f64 {
     let loss = |t: f64| -> f64 {
@@ -247,7 +256,7 @@ pub fn temperature(logits: &[f32], truth: &[u32], labels: usize) -> f64 {
     };
     // The loss is convex in 1/t, so it has one valley in ln t: golden-section search.
     let golden = (5f64.sqrt() - 1.0) / 2.0;
-    let (mut low, mut high) = (0.05f64.ln(), 20f64.ln());
+    let (mut low, mut high) = (TEMPERATURES[0].ln(), TEMPERATURES[1].ln());
     let (mut a, mut b) = (high - golden * (high - low), low + golden * (high - low));
     let (mut loss_a, mut loss_b) = (loss(a.exp()), loss(b.exp()));
     while high - low > 1e-3 {
@@ -299,8 +308,8 @@ fn log_softmax(row: &[f32]) -> Vec<f64> {
     row.iter().map(|&x| x as f64 - log_sum).collect()
 }
 
-/// (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
-fn wilson(correct: usize, n: usize) -> [f64; 2] {
+/// Wilson's 95% interval of a share (Wilson 1927): (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+pub fn wilson(correct: usize, n: usize) -> [f64; 2] {
     if n == 0 {
         return [0.0, 1.0];
     }

@@ -6,6 +6,7 @@ use crate::settings::{self, Data};
 use crate::ui::Ui;
 use crate::work::compare::{Plan, compare};
 use crate::work::gate::{self, Gate};
+use crate::work::report::Lang;
 use crate::work::{corpus, pretty};
 use anyhow::Result;
 use clap::Args;
@@ -90,14 +91,14 @@ pub fn run(c: &CompareModels, ui: &Ui) -> Result<()> {
         let lang = c.settings.lang;
         let bytes = match Form::of(file) {
             Some(Form::Html) => {
-                comparison.html(lang.pick("Quetsch: comparison", "Quetsch:模型对比"), lang)?.into_bytes()
+                comparison.html(lang.pick("Quetsch: comparison", "Quetsch：模型对比"), lang)?.into_bytes()
             }
             Some(Form::Markdown) => comparison.markdown(lang).into_bytes(),
             _ => pretty(&comparison)?,
         };
         write_file(file, &bytes)?;
     }
-    ui.result(format!("{}\n{}", comparison.table(), comparison.legend()), &comparison)?;
+    ui.result(format!("{}\n{}", comparison.table(), comparison.legend(Lang::En)), &comparison)?;
     gate::verdict(&comparison.gates)
 }
 

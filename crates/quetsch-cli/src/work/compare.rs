@@ -76,6 +76,9 @@ pub struct Variant {
     /// The first changed answers, those that became wrong before all others.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub flipped: Vec<Flip>,
+    /// The same against the first variant, if that is not the parent.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub flipped_from_first: Vec<Flip>,
     /// In a process of its own.
     #[serde(flatten)]
     pub speed: Option<Speed>,
@@ -134,7 +137,7 @@ pub struct Flip {
     pub text: String,
     /// Its label.
     pub truth: String,
-    /// The parent's answer.
+    /// The answer of the parent, or of the first variant.
     pub parent_says: String,
     /// This variant's answer.
     pub says: String,
@@ -172,8 +175,12 @@ pub struct Comparison {
     pub machine: Machine,
     /// What it was measured on.
     pub data: Measured,
+    /// When it was measured, in UTC.
+    pub measured_at: String,
     /// The command that does it again.
     pub command: String,
+    /// The command that does the comparison alone again.
+    pub compare_command: String,
     /// The resolved recipe, if one was run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
@@ -258,10 +265,23 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
         let outputs = set.names.len();
         let against = |p: usize| metrics::agree(problem, &all_logits[p], &logits, examples.targets(), outputs);
         let against_parent = parent.and_then(against);
-        let flipped = against_parent.as_ref().zip(parent).filter(|_| set.task == Task::default());
+        let not_parent = first.filter(|_| parent != first);
+        let against_first = not_parent.and_then(against);
+        let flipped = |against: Option<&Agreement>, from: Option<usize>| match against.zip(from) {
+            Some((a, p)) if set.task == Task::default() => flips(a, &all_logits[p], &logits, set),
+            _ => vec![],
+        };
         let figures = metrics::measure(problem, &logits, examples.targets(), &set.names);
         let is_numbers = problem == Problem::Regression;
         let distance = parent.filter(|_| is_numbers).map(|p| metrics::distance(&all_logits[p], &logits, outputs));
+        let calibrated = calibrated(plan, &classifier, &logits, set)?;
+        if let Some(c) = calibrated.as_ref().filter(|c| metrics::is_at_bound(c.temperature)) {
+            bar.line(format!(
+                "warning: {name}: its temperature, {:.2}, is an end of those that are tried; the calibration data say \
+                 little about this model",
+                c.temperature
+            ));
+        }
         variants.push(Variant {
             name: name.clone(),
             dir: Some(path.clone()),
@@ -273,12 +293,13 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             sensitivity: Sensitivity::read(path),
             worst_recall: figures.labels().and_then(worst),
             below_baseline: None,
-            calibrated: calibrated(plan, &classifier, &logits, set)?,
+            calibrated,
             figures,
-            flipped: flipped.map_or_else(Vec::new, |(a, p)| flips(a, &all_logits[p], &logits, set)),
+            flipped: flipped(against_parent.as_ref(), parent),
+            flipped_from_first: flipped(against_first.as_ref(), not_parent),
             against_parent,
             distance_to_parent: distance,
-            against_first: first.filter(|_| parent != first).and_then(against),
+            against_first,
             speed: None,
             loss_curve: loss_curve(path),
             provenance,
@@ -322,6 +343,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             against_first: None,
             distance_to_parent: None,
             flipped: vec![],
+            flipped_from_first: vec![],
             speed: None,
             loss_curve: vec![],
             provenance: None,
@@ -341,12 +363,40 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             train: plan.data.train.clone().filter(|_| has_baseline),
             held_out: false,
         },
+        measured_at: chrono::Utc::now().format("%Y-%m-%d %H:%M UTC").to_string(),
         command: machine::command_line(),
+        compare_command: command_of(plan),
         recipe: None,
         chosen: None,
         variants,
         gates,
     })
+}
+
+/// `quetsch compare` of the same models on the same data.
+fn command_of(plan: &Plan) -> String {
+    let (settings, data) = (plan.settings, plan.data);
+    let mut words = vec!["compare".to_string()];
+    words.extend(plan.models.iter().map(|(_, dir)| dir.display().to_string()));
+    let values = [
+        ("--data", &data.test),
+        ("--train", &data.train),
+        ("--text-col", &data.text_col),
+        ("--label-col", &data.label_col),
+        ("--label-separator", &data.label_separator),
+    ];
+    for (flag, value) in values {
+        words.extend(value.iter().flat_map(|v| [flag.to_string(), v.clone()]));
+    }
+    let flags = [
+        ("--no-baseline", settings.no_baseline),
+        ("--no-speed", settings.no_speed),
+        ("--against-first", settings.against_first),
+    ];
+    words.extend(flags.into_iter().filter(|f| f.1).map(|f| f.0.to_string()));
+    words.extend(plan.gates.iter().flat_map(|g| ["--gate".to_string(), g.to_string()]));
+    words.extend(["--threads".to_string(), plan.threads.to_string(), "--report".into(), "report.html".into()]);
+    machine::quoted(words)
 }
 
 /// The name of the baseline's line.
@@ -432,21 +482,24 @@ pub fn measure(model: &Path, data: &Data, threads: usize) -> Result<Speed> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use schemars::generate::SchemaSettings;
 
-    /// `docs/report.schema.json` describes what is written. `QUETSCH_UPDATE=1` writes it anew.
-    #[test]
-    fn the_published_schema_is_that_of_the_report() {
+    /// `docs/FILE` describes what is written. `QUETSCH_UPDATE=1` writes it anew.
+    pub fn assert_published<T: JsonSchema>(file: &str) {
         let generator = SchemaSettings::draft2020_12().for_serialize().into_generator();
-        let schema = generator.into_root_schema_for::<Comparison>();
-        let found = serde_json::to_string_pretty(&schema).expect("JSON") + "\n";
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/report.schema.json");
+        let found = serde_json::to_string_pretty(&generator.into_root_schema_for::<T>()).expect("JSON") + "\n";
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs").join(file);
         if std::env::var_os("QUETSCH_UPDATE").is_some() {
             std::fs::write(&path, &found).expect("written");
         }
         let published = std::fs::read_to_string(&path).expect("the schema");
-        assert!(published == found, "run this test with QUETSCH_UPDATE=1 and look at what changed");
+        assert!(published == found, "{file}: run this test with QUETSCH_UPDATE=1 and look at what changed");
+    }
+
+    #[test]
+    fn the_published_schema_is_that_of_the_report() {
+        assert_published::<Comparison>("report.schema.json");
     }
 }

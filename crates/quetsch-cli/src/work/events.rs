@@ -43,8 +43,9 @@ struct Summary {
 struct Scalar {
     #[prost(string, tag = "1")]
     tag: String,
-    #[prost(float, tag = "2")]
-    simple_value: f32,
+    /// Written even if it is 0: it is one of a `oneof`, and TensorBoard leaves out a value that has none.
+    #[prost(float, optional, tag = "2")]
+    simple_value: Option<f32>,
 }
 
 /// An event file being written.
@@ -69,7 +70,7 @@ impl Events {
 
     /// Scalars by tag at a step.
     pub fn scalars<'a>(&mut self, step: usize, values: impl IntoIterator<Item = (&'a str, f64)>) -> Result<()> {
-        let value = |(tag, x): (&str, f64)| Scalar { tag: tag.into(), simple_value: x as f32 };
+        let value = |(tag, x): (&str, f64)| Scalar { tag: tag.into(), simple_value: Some(x as f32) };
         self.write(step, What::Summary(Summary { value: values.into_iter().map(value).collect() }))
     }
 
@@ -116,14 +117,18 @@ mod tests {
     fn a_file_reads_back() {
         let dir = tempfile::tempdir().expect("a folder");
         let path = dir.path().join(FILE);
-        Events::open(&path, false).and_then(|mut e| e.scalars(1, [("loss", 2.5), ("ce", 1.0)])).expect("written");
+        Events::open(&path, false).and_then(|mut e| e.scalars(1, [("loss", 2.5), ("kl", 0.0)])).expect("written");
         Events::open(&path, true).and_then(|mut e| e.scalars(2, [("loss", 0.5)])).expect("gone on");
         let events = read(&std::fs::read(&path).expect("a file"));
         assert_eq!(events.len(), 3);
         assert_eq!(events[0].what, Some(What::FileVersion("brain.Event:2".into())));
         let Some(What::Summary(summary)) = &events[1].what else { panic!("{:?}", events[1]) };
         let values: Vec<_> = summary.value.iter().map(|v| (v.tag.as_str(), v.simple_value)).collect();
-        assert_eq!((events[1].step, values), (1, vec![("loss", 2.5), ("ce", 1.0)]));
+        assert_eq!(
+            (events[1].step, values),
+            (1, vec![("loss", Some(2.5)), ("kl", Some(0.0))]),
+            "a 0 is a value, too"
+        );
         assert_eq!(events[2].step, 2);
     }
 

@@ -157,9 +157,18 @@ impl FromStr for Gate {
         let (number, unit) = value.split_at(split);
         let x = number.trim().parse::<f64>().ok().filter(|x| x.is_finite());
         let x = x.ok_or_else(|| bad(format!("`{value}` is not a number with a unit")))?;
+        // A limit that no share can miss, or none can meet, is a slip.
+        let share = |share: f64| match ((0.0..=1.0).contains(&share), figure.unit()) {
+            (true, _) => Ok(Limit::Absolute(share)),
+            (false, Unit::Share) if share < 0.0 => {
+                Err(bad(format!("`{value}` is no share; a difference to the parent in points is written {x}pt")))
+            }
+            _ if unit.is_empty() => Err(bad(format!("`{value}` is no share, 0 to 1; per cent are written {x}%"))),
+            _ => Err(bad(format!("`{value}` is no share, 0% to 100%"))),
+        };
         let limit = match (figure.unit(), unit.trim()) {
-            (Unit::Share | Unit::ShareOfParent, "") => Limit::Absolute(x),
-            (Unit::Share | Unit::ShareOfParent, "%") => Limit::Absolute(x / 100.0),
+            (Unit::Share | Unit::ShareOfParent, "") => share(x)?,
+            (Unit::Share | Unit::ShareOfParent, "%") => share(x / 100.0)?,
             (Unit::Share, "pt") => Limit::ToParent(x / 100.0),
             (Unit::Milliseconds | Unit::PerSecond | Unit::Megabytes, "x") => Limit::Ratio(x),
             (Unit::Milliseconds, "ms") | (Unit::Megabytes, "MB") => Limit::Absolute(x),
@@ -315,6 +324,12 @@ mod tests {
             ("disk<=30MB", Some((30.0, 30.1))),
             ("size<=0.25x", Some((0.25, 0.26))),
             ("memory<=200MB", Some((200.0, 201.0))),
+            ("accuracy>=-0.5", None),
+            ("accuracy>=-0.5%", None),
+            ("accuracy>=92", None),
+            ("flips<=5", None),
+            ("flips<=500%", None),
+            ("agreement>=-1%", None),
             ("flips<=1pt", None),
             ("disk<=30", None),
             ("disk<=30%", None),
@@ -336,6 +351,14 @@ mod tests {
                     assert!(gate.holds(met) && !gate.holds(missed), "{text}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_slip_in_the_unit_names_the_right_one() {
+        for (text, hint) in [("accuracy>=-0.5", " -0.5pt"), ("accuracy>=-0.5%", " -0.5pt"), ("flips<=5", " 5%")] {
+            let message = text.parse::<Gate>().expect_err("no share");
+            assert!(message.contains(hint), "{text}: {message}");
         }
     }
 

@@ -35,8 +35,12 @@ pub fn this() -> Machine {
 
 /// The command line of this process, quoted for a shell; the program by its name.
 pub fn command_line() -> String {
-    let quoted = std::env::args_os().skip(1).map(|a| quote(&a.to_string_lossy()));
-    ["quetsch".to_string()].into_iter().chain(quoted).collect::<Vec<_>>().join(" ")
+    quoted(std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()))
+}
+
+/// A command of this program, quoted for a shell.
+pub fn quoted(words: impl IntoIterator<Item = String>) -> String {
+    words.into_iter().fold("quetsch".into(), |line, word| line + " " + &quote(&word))
 }
 
 fn quote(word: &str) -> String {

@@ -2,6 +2,7 @@
 
 use super::compare::{Comparison, Plan, compare};
 use super::gate::{self, Gate};
+use super::report::Lang;
 use super::{Job, corpus, pretty};
 use crate::exit::{interrupted, usage};
 use crate::recipe::{self, Kind, Recipe, Stage};
@@ -104,7 +105,8 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     let last_comparison = comparisons.next_back().map(|s| s.id.as_str());
     let (mut reports, mut comparison) = (vec![], None);
     for (n, stage) in stages.iter().enumerate() {
-        ui.note(format!("stage {} of {}: {}", n + 1, stages.len(), stage.id));
+        let so_far = duration(started.elapsed().as_secs_f64());
+        ui.note(format!("stage {} of {}: {} ({so_far} so far)", n + 1, stages.len(), stage.id));
         if is_interrupted() {
             let id = &stage.id;
             return Err(interrupted(format!("interrupted before {id}; run the same command to go on from there")));
@@ -130,13 +132,13 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
                 result.data.held_out = measured.is_held_out;
                 let dir = recipe.stage_dir(&stage.id);
                 std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-                let title = s.lang.pick("Quetsch: comparison", "Quetsch:模型对比");
+                let title = s.lang.pick("Quetsch: comparison", "Quetsch：模型对比");
                 write_file(dir.join("report.json"), &pretty(&result)?)?;
                 write_file(dir.join("report.md"), result.markdown(s.lang).as_bytes())?;
                 if result.has_page() {
                     write_file(dir.join("report.html"), result.html(title, s.lang)?.as_bytes())?;
                 }
-                ui.say(format!("{}\n{}\n-> {}", result.table(), result.legend(), dir.display()))?;
+                ui.say(format!("{}\n{}\n-> {}", result.table(), result.legend(Lang::En), dir.display()))?;
                 reports.push(json!({ "id": stage.id, "stage": "compare", "comparison": result }));
                 comparison = Some(result);
             }

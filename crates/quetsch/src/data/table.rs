@@ -359,22 +359,31 @@ pub(super) fn extension(path: &Path) -> String {
 
 /// The bytes as text, or where they stop being UTF-8. They start at `line` (from 1) and `byte` (from 0) of the file.
 fn utf8<'a>(path: &Path, bytes: &'a [u8], line: usize, byte: usize) -> Result<&'a str> {
+    if byte == 0 && (bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff")) {
+        return Err(Error::file(path, "the file is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"));
+    }
     std::str::from_utf8(bytes).map_err(|e| {
         let (before, after) = bytes.split_at(e.valid_up_to());
         let line = line + before.iter().filter(|&&b| b == b'\n').count();
         let column = 1 + before.iter().rev().take_while(|&&b| b != b'\n').count();
         let found = after.first().copied().unwrap_or(0);
         let place = format!("line {line}, byte {column} of it (byte {} of the file)", byte + before.len() + 1);
-        Error::file(path, format!("{place}: 0x{found:02x} is not UTF-8; save the file as UTF-8"))
+        Error::file(
+            path,
+            format!(
+                "{place}: 0x{found:02x} is not UTF-8; older programs write Latin-1 or \
+                                       Windows-1252 (iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW), in China GB18030"
+            ),
+        )
     })
 }
 
-/// Spreadsheets write `.csv` with `;` or tabs in some countries: the delimiter that cuts the header into most columns.
+/// Spreadsheets write `.csv` with `;` or tabs in some countries, databases with `|`: the delimiter that cuts the header into most columns.
 fn sniff_delimiter(content: &str) -> u8 {
     let columns =
         |delimiter: u8| reader(content, delimiter).records().next().map_or(0, |r| r.map_or(0, |r| r.len()));
     // `max_by_key` returns the last of equals: the comma.
-    b"\t;,".iter().copied().max_by_key(|&d| columns(d)).unwrap_or(b',')
+    b"|\t;,".iter().copied().max_by_key(|&d| columns(d)).unwrap_or(b',')
 }
 
 fn reader(content: &str, delimiter: u8) -> csv::Reader<&[u8]> {

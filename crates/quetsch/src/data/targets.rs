@@ -5,7 +5,7 @@ use super::{LABEL_COLUMNS, MAX_INTEGER_LABEL, ReadOptions, categories, nearest, 
 use crate::task::{Problem, UNLABELLED};
 use crate::{Error, Result};
 use serde_json::Value;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
 /// What separates labels in one field if nobody says.
@@ -403,6 +403,13 @@ fn numbered(path: &Path, lines: &[usize], written: &[&str]) -> Result<(Vec<u32>,
                 lines[row]
             );
             return Err(Error::file(path, message));
+        }
+        let own: BTreeSet<u32> = integers.iter().copied().collect();
+        // Without a 0 they are not counted from it: stars, grades and years are names, in their order.
+        if !own.contains(&0) {
+            let number: HashMap<u32, u32> = own.iter().copied().zip(0..).collect();
+            let labels = integers.iter().map(|i| number[i]).collect();
+            return Ok((labels, own.iter().map(u32::to_string).collect()));
         }
         return Ok((integers, (0..=largest).map(|i| format!("LABEL_{i}")).collect()));
     }

@@ -81,6 +81,8 @@ fn label_order() {
         ("categories.json", csv, list, &sniff, &[1, 0, 1], &["a", "b", "c"]),
         ("given names win", csv, list, &given, &[1, 2, 1], &["c", "b", "a"]),
         ("integers alone", integers, None, &sniff, &[2, 0, 2], &["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ("integers without 0", "text,label\n1,5\n2,1\n3,5\n", None, &sniff, &[1, 0, 1], &["1", "5"]),
+        ("bars", "text|label\n1, a|b\n2|a\n", None, &sniff, &[0, 1], &["b", "a"]),
         ("integers and names", integers, list, &sniff, &[2, 0, 2], &["a", "b", "c"]),
         ("names that are integers", integers, Some(r#"["2", "0"]"#), &sniff, &[0, 1, 0], &["2", "0"]),
     ];
@@ -134,6 +136,7 @@ fn each_error_says_where() {
         ("a.csv", b"label,text\nx,a\ny,\"b\nz,c\n", None, &sniff, &["line 3", "never closes"]),
         ("a.csv", b"text,label\na,x\nb, \n", None, &sniff, &["line 3", "`label`", "empty"]),
         ("a.csv", b"text,label\na,x\nol\xe9,y\n", None, &sniff, &["line 3, byte 3", "byte 18 of the file", "0xe9"]),
+        ("a.csv", b"\xff\xfet\0e\0x\0t\0", None, &sniff, &["UTF-16", "iconv"]),
         ("a.csv", b"text,label\na,99999999\nb,2\n", None, &sniff, &["line 2", "99999999", "--label-col"]),
         ("a.jsonl", b"{\"text\":\"a\",\"label\":\"x\"}\n{\"text\":", None, &sniff, &["line 2", "JSON object"]),
         (

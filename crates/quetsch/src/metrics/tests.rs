@@ -196,6 +196,16 @@ fn reliability_bins_hold_every_row_and_make_the_ece() {
 
 /// Of ten rows at logit `x` against 0, eight are right: the best probability is 0.8, its logit ln 4.
 #[test]
+fn a_temperature_beyond_the_search_is_known_as_such() {
+    // Always right: the surer the better. Always wrong: the less sure the better.
+    for truth in [[0, 1], [1, 0]] {
+        let t = temperature(&[3.0, 0.0, 0.0, 3.0], &truth, 2);
+        assert!(is_at_bound(t), "{truth:?}: {t}");
+    }
+    assert!(!is_at_bound(1.0));
+}
+
+#[test]
 fn temperature_finds_the_frequencies() {
     let truth: Vec<u32> = (0..10).map(|i| u32::from(i >= 8)).collect();
     for x in [0.5f32, 1.0, 4.0, 9.0] {

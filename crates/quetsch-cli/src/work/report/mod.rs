@@ -1,6 +1,8 @@
 //! A comparison as a table for the terminal, as Markdown for a pull request and as one HTML page. JSON is the
 //! comparison itself; its layout is in `docs/report.md`.
 
+mod charts;
+mod choice;
 mod plot;
 mod summary;
 mod tables;
@@ -8,23 +10,40 @@ mod words;
 
 pub use words::Lang;
 
-use super::compare::{Comparison, Variant};
-use super::pareto::front;
+use super::compare::{Comparison, Flip, Variant};
+use super::gate::Checked;
 use crate::commands::Speed;
 use crate::exit::usage;
 use crate::ui::{mb, percent};
 use anyhow::Result;
 use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
 use minijinja::{Environment, UndefinedBehavior};
-use plot::{Axis, Mark, Plot, line, mark, place_labels};
-use quetsch::metrics::{Agreement, ClassMetrics, Distance};
+use quetsch::metrics::{self, Agreement, ClassMetrics, Distance};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 type Words = BTreeMap<&'static str, &'static str>;
 
-/// The accuracy, in shares, that the recommended variant may lose against the first one, unless a search says.
-const MAX_DROP: f64 = 0.005;
+/// The columns of the page's table after the name, by their words: what decides comes first.
+const COLUMNS: [&str; 16] = [
+    "accuracy",
+    "delta",
+    "flips",
+    "p50",
+    "disk",
+    "memory",
+    "params",
+    "macro_f1",
+    "weighted_f1",
+    "top_3",
+    "worst",
+    "ece",
+    "parent",
+    "p99",
+    "throughput",
+    "p",
+];
+
 /// Changed answers and confusions that the page lists.
 const FLIPS_LISTED: usize = 12;
 const CONFUSIONS_LISTED: usize = 10;
@@ -43,6 +62,22 @@ const HEADER: [&str; 12] = [
     "p50 ms",
     "sent/s",
     "RSS MB",
+];
+
+/// The same columns as [`Words`].
+const HEADER_KEYS: [&str; 12] = [
+    "variant",
+    "params",
+    "disk",
+    "accuracy",
+    "macro_f1",
+    "parent",
+    "delta",
+    "flips",
+    "p",
+    "p50",
+    "throughput",
+    "memory",
 ];
 
 /// What other columns say where answers are numbers.
@@ -88,24 +123,36 @@ fn cells(v: &Variant) -> [String; 12] {
             percent(v.labels().macro_f1),
             against(&|a| format!("{} pt", points(a.accuracy_delta, 2))),
             against(&|a| format!("{} ({})", a.flips, percent(a.flip_rate))),
-            against(&|a| format!("{:.3}", a.mcnemar.p)),
+            against(&|a| p_value(a.mcnemar.p)),
         ],
     };
     let [delta, flips, p] = far;
     [
         v.name.clone(),
         if is_model { format!("{:.2} M", v.parameters as f64 / 1e6) } else { none() },
-        if is_model { format!("{:.1}", mb(v.disk_bytes)) } else { none() },
+        if is_model { figure(mb(v.disk_bytes), 1) } else { none() },
         good,
         also,
         v.parent.clone().unwrap_or_else(none),
         delta,
         flips,
         p,
-        speed(&|s| format!("{:.2}", s.latency_ms.p50)),
+        speed(&|s| figure(s.latency_ms.p50, 2)),
         speed(&|s| format!("{:.0}", s.sentences_per_s)),
         speed(&|s| s.peak_rss_mb.map_or_else(none, |m| format!("{m:.1}"))),
     ]
+}
+
+/// A size or a time with three digits that count and at least so many decimals.
+fn figure(x: f64, decimals: usize) -> String {
+    let digits = 2 - x.abs().log10().floor().clamp(-4.0, 2.0) as i32;
+    let decimals = if x == 0.0 { decimals } else { decimals.max(digits as usize) };
+    format!("{x:.decimals$}")
+}
+
+/// Of a test; it is never 0.
+fn p_value(p: f64) -> String {
+    if p < 0.001 { "<0.001".into() } else { format!("{p:.3}") }
 }
 
 /// A difference of shares in points, with its sign.
@@ -128,54 +175,31 @@ impl Comparison {
         !self.is_numbers()
     }
 
-    fn header(&self) -> [&'static str; 12] {
-        if self.is_numbers() { NUMBERS } else { HEADER }
+    /// Of the table; in another language where the columns have a word on the page.
+    fn header(&self, lang: Lang) -> [&'static str; 12] {
+        let words = lang.words();
+        match (self.is_numbers(), lang) {
+            (true, _) => NUMBERS,
+            (false, Lang::En) => HEADER,
+            (false, Lang::Zh) => HEADER_KEYS.map(|key| words[key]),
+        }
+    }
+
+    /// The gates, those that want attention before the others.
+    fn missed_first(&self) -> Vec<&Checked> {
+        let mut gates: Vec<_> = self.gates.iter().collect();
+        gates.sort_by_key(|g| g.met);
+        gates
     }
 
     fn baseline(&self) -> Option<&Variant> {
         self.variants.iter().find(|v| v.dir.is_none())
     }
 
-    fn max_drop(&self) -> f64 {
-        self.chosen.as_ref().map_or(MAX_DROP, |c| c.max_drop)
-    }
-
-    /// What a search chose; else, of the models after the first that lose at most half a point and meet their gates,
-    /// the fastest, or the smallest where nothing was timed.
-    fn recommended(&self) -> Option<&Variant> {
-        if let Some(chosen) = &self.chosen {
-            return self.models().find(|v| Some(&v.name) == chosen.variant.as_ref());
-        }
-        let first = self.models().next()?;
-        let good = |v: &&Variant| {
-            v.labels().accuracy >= first.labels().accuracy - MAX_DROP - 1e-9
-                && self.gates.iter().all(|g| g.met || g.variant != v.name)
-        };
-        let timed = self.models().all(|v| v.speed.is_some());
-        let cost = |v: &Variant| match &v.speed {
-            Some(s) if timed => s.latency_ms.p50,
-            _ => v.disk_bytes as f64,
-        };
-        self.models().skip(1).filter(good).min_by(|a, b| cost(a).total_cmp(&cost(b)))
-    }
-
-    /// The variant that the page shows in detail: the recommended one, else of those after the first the most accurate,
-    /// of equals the smallest.
-    fn shown(&self) -> Option<&Variant> {
-        let nearest = || {
-            let order = |v: &Variant| (-v.labels().accuracy, v.disk_bytes as f64);
-            self.models().skip(1).min_by(|a, b| {
-                let ((a, x), (b, y)) = (order(a), order(b));
-                a.total_cmp(&b).then(x.total_cmp(&y))
-            })
-        };
-        self.recommended().or_else(nearest).or_else(|| self.models().next())
-    }
-
     /// For a terminal: numbers to the right, the best accuracy in bold.
     pub fn table(&self) -> String {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(self.header());
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(self.header(Lang::En));
         let best = self.variants.iter().map(|v| v.figures.main().1).fold(f64::NEG_INFINITY, f64::max);
         for v in &self.variants {
             let cells = cells(v).into_iter().enumerate().map(|(i, text)| match i {
@@ -195,18 +219,28 @@ impl Comparison {
     }
 
     /// What the columns of the table mean.
-    pub fn legend(&self) -> String {
+    pub fn legend(&self, lang: Lang) -> String {
         let compared = match self.is_numbers() {
-            true => "mean diff, max diff and Pearson compare the numbers with the parent's",
-            false => "delta, flips (changed predictions) and McNemar's p are against the parent",
+            true => lang.pick(
+                "mean diff, max diff and Pearson compare the numbers with the parent's",
+                "mean diff、max diff 与 Pearson 将数值与对照模型的相比较",
+            ),
+            false => lang.pick(
+                "delta, flips (changed predictions) and McNemar's p are against the parent",
+                "差值、答案改变数与 McNemar p 值均相对于对照模型",
+            ),
         };
         let timed = match self.models().any(|v| v.speed.is_some()) {
-            true => {
-                "; p50 is one sentence at a time, tokenising included; each model was timed in a process of its own"
-            }
+            true => lang.pick(
+                "; p50 is one sentence at a time, tokenising included; each model was timed in a process of its own",
+                "；p50 为逐句推理的延迟（含分词）；每个模型在独立进程中测量",
+            ),
             false => "",
         };
-        format!("{} sentences, {} threads. {compared}{timed}.", self.sentences, self.threads)
+        match lang {
+            Lang::En => format!("{} sentences, {} threads. {compared}{timed}.", self.sentences, self.threads),
+            Lang::Zh => format!("{} 个句子，{} 个线程。{compared}{timed}。", self.sentences, self.threads),
+        }
     }
 
     /// For a pull request: the summary, the table, the gates.
@@ -216,14 +250,14 @@ impl Comparison {
         let summary = self.summary(lang);
         let sentences: Vec<String> = summary.sentences.into_iter().chain(summary.cost).collect();
         let mut text = escape_markdown(&sentences.join(lang.pick(" ", ""))) + "\n\n";
-        text += &line(&self.header().map(str::to_string));
+        text += &line(&self.header(lang).map(str::to_string));
         text +=
             &line(&std::array::from_fn::<_, 12, _>(|i| if i == 0 || i == 5 { "---" } else { "---:" }.to_string()));
         self.variants.iter().for_each(|v| text += &line(&cells(v).map(|c| escape_markdown(&c))));
         if !self.gates.is_empty() {
             text +=
                 &format!("\n| {} | {} | {} | |\n| --- | --- | ---: | --- |\n", w["gate"], w["variant"], w["found"]);
-            for g in &self.gates {
+            for g in self.missed_first() {
                 let met = if g.met { w["met"] } else { w["missed"] };
                 let (gate, variant) = (escape_markdown(&g.gate), escape_markdown(&g.variant));
                 text += &format!("| {gate} | {variant} | {} | {met} |\n", g.found);
@@ -233,7 +267,7 @@ impl Comparison {
         let command = self.command.replace("```", "");
         text + &format!(
             "\n{}\n\n{}, {} ({} CPUs, {}), {}\n\n```\n{command}\n```\n",
-            self.legend(),
+            self.legend(lang),
             escape_markdown(self.tool),
             escape_markdown(&m.cpu),
             m.cpus,
@@ -251,6 +285,8 @@ impl Comparison {
             return Err(usage("the HTML report is about labels; for numbers write .md or .json"));
         }
         let w = lang.words();
+        let summary = self.summary(lang);
+        let praised = self.recommended().or(self.models().next().filter(|_| self.models().count() == 1));
         let mut env = Environment::new();
         env.set_undefined_behavior(UndefinedBehavior::Strict);
         env.add_template("page.html", include_str!("page.html"))?;
@@ -260,20 +296,22 @@ impl Comparison {
             "w": w,
             "lang": lang.code(),
             "c": self,
-            "summary": self.summary(lang),
-            "rows": self.variants.iter().map(|v| self.row(v)).collect::<Vec<_>>(),
+            "summary": summary,
+            "gates": self.missed_first(),
+            "columns": COLUMNS,
+            "rows": self.variants.iter().enumerate().map(|(i, v)| self.row(i + 1, v)).collect::<Vec<_>>(),
             "shown": self.shown(),
-            "tiles": self.models().next().zip(self.shown()).map(|(first, v)| tables::tiles(first, v, &w)),
-            "tradeoffs": self.tradeoffs(&w),
+            "tiles": self.models().next().zip(praised).map(|(first, v)| tables::tiles(first, v, lang)),
+            "tradeoffs": self.tradeoffs(&w)?,
             "has_front": self.models().count() > 1,
             "sizes": self.models().map(|v| tables::size_bar(v, largest.unwrap_or(1))).collect::<Vec<_>>(),
             "stores": self.models().filter_map(|v| tables::store(v, &w)).collect::<Vec<_>>(),
-            "sensitivity": self.models().filter_map(tables::sensitivity).collect::<Vec<_>>(),
+            "sensitivity": self.models().filter_map(|v| tables::sensitivity(v, &w)).collect::<Vec<_>>(),
             "classes": self.classes(),
-            "losses": self.losses(&w),
-            "reliability": self.reliability(&w),
+            "losses": self.losses(&w)?,
+            "reliability": self.reliability(&w)?,
             "keys": self.reliability_keys(),
-            "flips": self.flips(),
+            "flips": self.flips(&w),
             "confusions": self.shown().map(|v| v.labels().confusions.iter().take(CONFUSIONS_LISTED).collect::<Vec<_>>()),
             "calibrated": self.calibrated(),
             "made": self.models().filter_map(|v| Some((&v.name, tables::made_from(v)?))).collect::<Vec<_>>(),
@@ -282,144 +320,49 @@ impl Comparison {
         Ok(page)
     }
 
-    fn row(&self, v: &Variant) -> Value {
-        let against = v.against_parent.as_ref();
-        let [low, high] = v.labels().accuracy_interval;
+    /// The cells of a line of the page's table, as in [`COLUMNS`], each with what belongs below it.
+    fn row(&self, number: usize, v: &Variant) -> Value {
         let is_model = v.dir.is_some();
+        let model = |text: String| (if is_model { text } else { none() }, String::new());
+        let plain = |text: Option<String>| (text.unwrap_or_else(none), String::new());
+        let speed = |f: &dyn Fn(&Speed) -> Option<String>| plain(v.speed.as_ref().and_then(f));
+        let against = v.against_parent.as_ref();
+        let [low, high] = v.labels().accuracy_interval.map(|x| format!("{:.2}", 100.0 * x));
+        let share = |x: f64| (percent(x), String::new());
+        let cells = [
+            (percent(v.labels().accuracy), format!("{low} – {high}")),
+            against.map_or_else(
+                || plain(None),
+                |a| {
+                    let [low, high] = a.delta_interval.map(|x| points(x, 2));
+                    (points(a.accuracy_delta, 2), format!("{low} – {high}"))
+                },
+            ),
+            against.map_or_else(|| plain(None), |a| (a.flips.to_string(), percent(a.flip_rate))),
+            speed(&|s| Some(figure(s.latency_ms.p50, 2))),
+            model(figure(mb(v.disk_bytes), 1)),
+            speed(&|s| s.peak_rss_mb.map(|m| figure(m, 0))),
+            model(format!("{:.2} M", v.parameters as f64 / 1e6)),
+            share(v.labels().macro_f1),
+            share(v.labels().weighted_f1),
+            share(v.labels().top_3),
+            v.worst_recall
+                .as_ref()
+                .map_or_else(|| plain(None), |w| (percent(w.recall), format!("{} (n = {})", w.label, w.support))),
+            // The baseline's margins are no probabilities.
+            model(format!("{:.4}", v.labels().ece)),
+            plain(v.parent.clone()),
+            speed(&|s| Some(figure(s.latency_ms.p99, 2))),
+            speed(&|s| Some(format!("{:.0}", s.sentences_per_s))),
+            plain(against.map(|a| p_value(a.mcnemar.p))),
+        ];
         json!({
+            "number": is_model.then_some(number),
             "name": v.name,
             "below": v.below_baseline == Some(true),
             "recommended": self.recommended().is_some_and(|r| std::ptr::eq(r, v)),
-            "cells": [
-                if is_model { format!("{:.2} M", v.parameters as f64 / 1e6) } else { none() },
-                if is_model { format!("{:.1}", mb(v.disk_bytes)) } else { none() },
-                percent(v.labels().accuracy),
-                format!("{:.1}-{:.1}", 100.0 * low, 100.0 * high),
-                percent(v.labels().macro_f1),
-                percent(v.labels().weighted_f1),
-                percent(v.labels().top_3),
-                v.worst_recall.as_ref().map_or_else(none, |w| percent(w.recall)),
-                // The baseline's margins are no probabilities.
-                if is_model { format!("{:.4}", v.labels().ece) } else { none() },
-                v.parent.clone().unwrap_or_else(none),
-                against.map_or_else(none, |a| format!("{} pt", points(a.accuracy_delta, 2))),
-                against.map_or_else(none, |a| a.delta_interval.map(|x| points(x, 1)).join(" / ")),
-                against.map_or_else(none, |a| format!("{} ({})", a.flips, percent(a.flip_rate))),
-                against.map_or_else(none, |a| format!("{:.3}", a.mcnemar.p)),
-                v.speed.as_ref().map_or_else(none, |s| format!("{:.2}", s.latency_ms.p50)),
-                v.speed.as_ref().map_or_else(none, |s| format!("{:.2}", s.latency_ms.p99)),
-                v.speed.as_ref().map_or_else(none, |s| format!("{:.0}", s.sentences_per_s)),
-                v.speed.as_ref().and_then(|s| s.peak_rss_mb).map_or_else(none, |m| format!("{m:.0}")),
-            ],
+            "cells": cells,
         })
-    }
-
-    /// Accuracy against latency, where it was measured, and against size.
-    fn tradeoffs(&self, w: &Words) -> Vec<Plot> {
-        type Cost = fn(&Variant) -> Option<f64>;
-        let plots: [(&str, &str, Cost); 2] = [
-            (w["pareto_latency"], w["x_latency"], |v| v.speed.as_ref().map(|s| s.latency_ms.p50)),
-            (w["pareto_size"], w["x_size"], |v| v.dir.as_ref().map(|_| mb(v.disk_bytes))),
-        ];
-        let baseline = self.baseline().map(|b| 100.0 * b.labels().accuracy);
-        let intervals = self.models().flat_map(|v| v.labels().accuracy_interval).map(|a| 100.0 * a);
-        let y = Axis::around(intervals.chain(baseline), false, Axis::y);
-        let plot = |(title, x_label, cost): (&str, &str, Cost)| {
-            let models: Vec<(&Variant, f64)> = self.models().filter_map(|v| Some((v, cost(v)?))).collect();
-            if models.is_empty() {
-                return None;
-            }
-            let x = Axis::around(models.iter().map(|m| m.1), true, Axis::x);
-            let at: Vec<(f64, f64)> = models.iter().map(|(v, c)| (*c, 100.0 * v.labels().accuracy)).collect();
-            let on_front = front(&at.iter().map(|p| ([p.0], p.1)).collect::<Vec<_>>());
-            let mut marks: Vec<Mark> = (models.iter().zip(&at).zip(&on_front))
-                .map(|(((v, _), (c, accuracy)), on_front)| {
-                    let class = match (v.below_baseline == Some(true), on_front) {
-                        (true, _) => "below",
-                        (_, true) => "front",
-                        _ => "dominated",
-                    };
-                    let interval = v.labels().accuracy_interval.map(|a| y.at(100.0 * a));
-                    let tip = format!("{}: {accuracy:.2}%, {c:.2}", v.name);
-                    Mark {
-                        interval: Some(interval),
-                        label: v.name.clone(),
-                        ..mark(class, x.at(*c), y.at(*accuracy), 5.0, tip)
-                    }
-                })
-                .collect();
-            place_labels(&mut marks);
-            let mut best: Vec<(f64, f64)> = at.iter().zip(&on_front).filter(|p| *p.1).map(|p| *p.0).collect();
-            best.sort_by(|a, b| a.0.total_cmp(&b.0));
-            let mut lines = vec![line("frontier", &x, &y, best)];
-            if let Some(b) = baseline {
-                let (left, right) = x.ends();
-                lines.push(line("baseline", &x, &y, [(left, b), (right, b)]));
-            }
-            Some(Plot {
-                title: title.into(),
-                x_label: x_label.into(),
-                y_label: w["y_accuracy"].into(),
-                x_ticks: x.ticks(""),
-                y_ticks: y.ticks("%"),
-                lines,
-                marks,
-            })
-        };
-        plots.into_iter().filter_map(plot).collect()
-    }
-
-    fn losses(&self, w: &Words) -> Vec<Plot> {
-        let plot = |v: &Variant| {
-            let last = v.loss_curve.last()?[0];
-            let highest = v.loss_curve.iter().map(|p| p[1]).fold(0.0, f64::max);
-            let (x, y) = (Axis::x(0.0, last, false), Axis::y(0.0, 1.05 * highest, false));
-            Some(Plot {
-                title: v.name.clone(),
-                x_label: w["step"].into(),
-                y_label: w["loss"].into(),
-                x_ticks: x.ticks(""),
-                y_ticks: y.ticks(""),
-                lines: vec![line("s1", &x, &y, v.loss_curve.iter().map(|p| (p[0], p[1])))],
-                marks: vec![],
-            })
-        };
-        self.models().filter_map(plot).collect()
-    }
-
-    /// The first and the shown variant.
-    fn pair(&self) -> Vec<&Variant> {
-        let first = self.models().next();
-        let shown = self.shown().filter(|v| first.is_none_or(|f| f.name != v.name));
-        first.into_iter().chain(shown).collect()
-    }
-
-    fn reliability(&self, w: &Words) -> Plot {
-        let (x, y) = (Axis::x(0.0, 1.0, false), Axis::y(0.0, 1.0, false));
-        let (mut lines, mut marks) = (vec![line("ideal", &x, &y, [(0.0, 0.0), (1.0, 1.0)])], vec![]);
-        for (v, class) in self.pair().into_iter().zip(["s0", "s1"]) {
-            let bins = &v.labels().reliability;
-            lines.push(line(class, &x, &y, bins.iter().map(|b| (b.confidence, b.accuracy))));
-            marks.extend(bins.iter().map(|b| {
-                let r = 2.0 + 6.0 * (b.n as f64 / self.sentences.max(1) as f64).sqrt();
-                let tip = format!("{}: {:.2} -> {:.2} ({})", v.name, b.confidence, b.accuracy, b.n);
-                mark(class, x.at(b.confidence), y.at(b.accuracy), (10.0 * r).round() / 10.0, tip)
-            }));
-        }
-        Plot {
-            title: w["reliability"].into(),
-            x_label: w["confidence"].into(),
-            y_label: w["right"].into(),
-            x_ticks: x.ticks(""),
-            y_ticks: y.ticks(""),
-            lines,
-            marks,
-        }
-    }
-
-    fn reliability_keys(&self) -> Vec<(&str, String)> {
-        let keys = self.pair().into_iter().zip(["s0", "s1"]);
-        keys.map(|(v, class)| (class, format!("{} (ECE {:.3})", v.name, v.labels().ece))).collect()
     }
 
     /// The shown model label by label, those found least often first, beside the first model.
@@ -439,25 +382,40 @@ impl Comparison {
         let row = |v: &Variant| {
             let c = v.calibrated.as_ref()?;
             let [t, before, after] = [c.temperature, v.labels().ece, c.ece].map(|x| format!("{x:.3}"));
-            Some(json!({ "name": v.name, "t": t, "before": before, "after": after }))
+            let at_bound = metrics::is_at_bound(c.temperature);
+            Some(json!({ "name": v.name, "t": t, "at_bound": at_bound, "before": before, "after": after }))
         };
         self.models().filter_map(row).collect()
     }
 
-    fn flips(&self) -> Vec<Value> {
-        let of = |v: &Variant| {
-            let against = v.against_parent.as_ref()?;
-            Some(json!({
+    /// Changed answers: of the shown model those against the first one, which the summary speaks about, then of all
+    /// against their parents.
+    fn flips(&self, w: &Words) -> Vec<Value> {
+        let list = |v: &Variant, from: &str, against: &Agreement, rows: &[Flip], open: bool| {
+            let (lost, won) = (against.mcnemar.parent_only, against.mcnemar.child_only);
+            let other = against.flips.saturating_sub(lost + won);
+            json!({
                 "name": v.name,
-                "parent": v.parent,
-                "count": against.flips,
-                "parent_only": against.mcnemar.parent_only,
-                "child_only": against.mcnemar.child_only,
-                "open": self.shown().is_some_and(|s| std::ptr::eq(s, v)),
-                "rows": v.flipped.iter().take(FLIPS_LISTED).collect::<Vec<_>>(),
-            }))
+                "from": from,
+                "open": open,
+                "count": w["flipped_count"].replace('N', &against.flips.to_string()),
+                "lost": w["flipped_lost"].replace('N', &lost.to_string()),
+                "won": w["flipped_won"].replace('N', &won.to_string()),
+                "other": w["flipped_other"].replace('N', &other.to_string()),
+                "shown": w["flipped_shown"].replace('N', &rows.len().min(FLIPS_LISTED).to_string()),
+                "rows": &rows[..rows.len().min(FLIPS_LISTED)],
+            })
         };
-        self.models().filter_map(of).collect()
+        let is_shown = |v: &Variant| self.shown().is_some_and(|s| std::ptr::eq(s, v));
+        let first = self.shown().zip(self.models().next());
+        let from_first = first.and_then(|(v, first)| {
+            Some(list(v, &first.name, v.against_first.as_ref()?, &v.flipped_from_first, true))
+        });
+        let of_parents = self.models().filter_map(|v| {
+            let open = is_shown(v) && v.against_first.is_none();
+            Some(list(v, v.parent.as_deref()?, v.against_parent.as_ref()?, &v.flipped, open))
+        });
+        from_first.into_iter().chain(of_parents).collect()
     }
 }
 

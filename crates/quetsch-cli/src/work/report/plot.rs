@@ -1,126 +1,109 @@
-//! Geometry of the report's plots: data to places on a 400 x 270 canvas. The template draws, so that texts are escaped
-//! and colours chosen in one place.
+//! The report's plots, drawn by `plotters` as inline SVG.
+//!
+//! Colours are the style sheet's, so that a plot follows the reader's theme: each [`CLASSES`] entry has a stand-in colour
+//! while it is drawn, and the class takes its place in the text. Bars are boxes of the page itself: their names wrap.
 
-use serde::Serialize;
+use anyhow::{Result, anyhow};
+use minijinja::HtmlEscape;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
+use plotters::coord::types::RangedCoordf64;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-/// The canvas, and the frame of the plot in it. Units are those of the SVG's viewBox, about a pixel on a phone.
-const LEFT: f64 = 52.0;
-const RIGHT: f64 = 388.0;
-const TOP: f64 = 12.0;
-const BOTTOM: f64 = 226.0;
-/// Height of a label's line.
-const LINE: f64 = 13.0;
-/// Width of a letter, roughly: labels only need not to leave the canvas.
-const LETTER: f64 = 6.4;
+/// The canvas; places on it are whole numbers, so it is four times as fine as a phone's.
+const CANVAS: (u32, u32) = (1600, 1080);
+/// Height and width of a digit, about: labels only need to keep clear of each other.
+const DIGIT: (i32, i32) = (48, 30);
 
-/// One plot, ready to draw.
-#[derive(Clone, Debug, Default, Serialize)]
+/// What is drawn, by its class in the style sheet.
+const CLASSES: [&str; 16] = [
+    "grid",
+    "tick",
+    "axis",
+    "label",
+    "interval",
+    "frontier",
+    "baseline",
+    "ideal",
+    "front",
+    "dominated",
+    "below",
+    "pick",
+    "s0",
+    "s1",
+    "s0 few",
+    "s1 few",
+];
+
+/// One plot.
+#[derive(Clone, Debug)]
 pub struct Plot {
     /// Heading.
     pub title: String,
-    /// Below the x axis.
-    pub x_label: String,
-    /// Above the y axis.
-    pub y_label: String,
-    /// Grid lines across.
-    pub x_ticks: Vec<Tick>,
-    /// Grid lines along.
-    pub y_ticks: Vec<Tick>,
-    /// Polylines.
+    /// Across.
+    pub x: Axis,
+    /// Upwards.
+    pub y: Axis,
+    /// Lines through points; the first lies lowest.
     pub lines: Vec<Line>,
-    /// Points.
+    /// Points, the most important last.
     pub marks: Vec<Mark>,
 }
 
-/// A grid line with its number.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Tick {
-    /// Place along the axis.
-    pub at: f64,
-    /// The number.
-    pub text: String,
-}
-
-/// A polyline.
-#[derive(Clone, Debug, Serialize)]
+/// A line with its class.
+#[derive(Clone, Debug)]
 pub struct Line {
-    /// Class in the style sheet.
+    /// One of [`CLASSES`].
     pub class: &'static str,
-    /// `x,y x,y ...`
-    pub points: String,
+    /// What it goes through.
+    pub points: Vec<(f64, f64)>,
 }
 
-/// A point, perhaps with a label and an interval.
-#[derive(Clone, Debug, Serialize)]
+/// A point.
+#[derive(Clone, Debug)]
 pub struct Mark {
-    /// Class in the style sheet.
+    /// One of [`CLASSES`].
     pub class: &'static str,
-    /// Place.
-    pub x: f64,
-    /// Place.
-    pub y: f64,
-    /// Radius.
-    pub r: f64,
-    /// Ends of the vertical interval.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Where.
+    pub at: (f64, f64),
+    /// Radius on the canvas.
+    pub r: i32,
+    /// Ends of an interval of y.
     pub interval: Option<[f64; 2]>,
-    /// Beside the point; may be empty.
+    /// A few digits beside it; may be empty.
     pub label: String,
-    /// Place of the label.
-    pub label_x: f64,
-    /// Place of the label.
-    pub label_y: f64,
-    /// `start` or `end`.
-    pub anchor: &'static str,
     /// Shown when pointed at.
     pub tip: String,
 }
 
-/// How an axis maps values.
-#[derive(Clone, Copy, Debug)]
+/// The values of an axis.
+#[derive(Clone, Debug)]
 pub struct Axis {
+    label: String,
+    unit: &'static str,
     low: f64,
     high: f64,
     log: bool,
-    from: f64,
-    to: f64,
 }
 
 impl Axis {
-    /// Left to right. A logarithmic axis needs positive values.
-    pub fn x(low: f64, high: f64, log: bool) -> Axis {
-        Axis::new(low, high, log, LEFT, RIGHT)
+    /// From one value to another.
+    pub fn new(label: &str, unit: &'static str, low: f64, high: f64) -> Axis {
+        let (low, high) = if low < high { (low, high) } else { (low - 0.5, low + 0.5) };
+        Axis { label: label.into(), unit, low, high, log: false }
     }
 
-    /// Bottom to top.
-    pub fn y(low: f64, high: f64, log: bool) -> Axis {
-        Axis::new(low, high, log, BOTTOM, TOP)
+    /// Around values, with some air.
+    pub fn around(label: &str, unit: &'static str, values: impl Iterator<Item = f64>) -> Axis {
+        let (low, high) = ends(values).unwrap_or((0.0, 1.0));
+        let air = 0.06 * (high - low);
+        Axis::new(label, unit, low - air, high + air)
     }
 
-    fn new(low: f64, high: f64, log: bool, from: f64, to: f64) -> Axis {
-        let (low, high) = match (low < high, log) {
-            (true, _) => (low, high),
-            (false, true) => (low / 2.0, low * 2.0),
-            (false, false) => (low - 0.5, low + 0.5),
-        };
-        Axis { low, high, log, from, to }
-    }
-
-    /// The axis around values, with some air.
-    pub fn around(values: impl Iterator<Item = f64>, log: bool, make: fn(f64, f64, bool) -> Axis) -> Axis {
-        let (low, high) = values
-            .filter(|x| x.is_finite() && (!log || *x > 0.0))
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
-        if low > high {
-            return make(if log { 0.1 } else { 0.0 }, 1.0, log);
-        }
-        match log {
-            true => make(low / 1.4, high * 1.4, true),
-            false => {
-                let air = 0.06 * (high - low).max(1e-9);
-                make(low - air, high + air, false)
-            }
-        }
+    /// Around positive values, logarithmic.
+    pub fn log(label: &str, values: impl Iterator<Item = f64>) -> Axis {
+        let (low, high) = ends(values.filter(|x| *x > 0.0)).unwrap_or((0.1, 1.0));
+        Axis { label: label.into(), unit: "", low: low / 1.5, high: high * 1.5, log: true }
     }
 
     /// Both ends.
@@ -128,143 +111,216 @@ impl Axis {
         (self.low, self.high)
     }
 
-    /// The place of a value.
-    pub fn at(&self, value: f64) -> f64 {
-        let f = |x: f64| if self.log { x.max(f64::MIN_POSITIVE).ln() } else { x };
-        let share = (f(value) - f(self.low)) / (f(self.high) - f(self.low));
-        let share = if share.is_finite() { share.clamp(-0.02, 1.02) } else { 0.0 };
-        (10.0 * (self.from + share * (self.to - self.from))).round() / 10.0
+    /// What is drawn evenly. A value off the axis is at its end.
+    fn scale(&self, value: f64) -> f64 {
+        let inside = if value.is_nan() { self.low } else { value.clamp(self.low, self.high) };
+        if self.log { inside.ln() } else { inside }
     }
 
-    /// Round numbers within, each printed with what it needs and `unit`.
-    pub fn ticks(&self, unit: &str) -> Vec<Tick> {
-        let values: Vec<f64> = if self.log {
-            let decades = self.low.log10().floor() as i32..=self.high.log10().ceil() as i32;
-            let all: Vec<f64> = decades.flat_map(|d| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(d))).collect();
-            let within: Vec<f64> = all.into_iter().filter(|v| (self.low..=self.high).contains(v)).collect();
-            match within.len() {
-                0..=7 => within,
-                _ => within.into_iter().filter(|v| (v.log10() - v.log10().round()).abs() < 1e-9).collect(),
-            }
-        } else {
-            let step = round_step((self.high - self.low) / 5.0);
-            let first = (self.low / step).ceil() as i64;
-            (first..first + 20).map(|i| i as f64 * step).take_while(|v| *v <= self.high).collect()
-        };
-        let smallest = match self.log {
-            true => self.low,
-            false => values.get(1).map_or(1.0, |v| v - values[0]),
+    /// Round numbers on the axis.
+    fn ticks(&self) -> Vec<f64> {
+        if !self.log {
+            return RangedCoordf64::from(self.low..self.high).key_points(6);
+        }
+        let decades = self.low.log10().floor() as i32..=self.high.log10().ceil() as i32;
+        let all = decades.flat_map(|d| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(d)));
+        let within: Vec<f64> = all.filter(|v| (self.low..=self.high).contains(v)).collect();
+        match within.len() {
+            0..=7 => within,
+            _ => within.into_iter().filter(|v| (v.log10() - v.log10().round()).abs() < 1e-9).collect(),
+        }
+    }
+
+    /// A tick's number with the digits that tell it from its neighbours.
+    fn text(&self, tick: f64) -> String {
+        let smallest = match (self.log, &self.ticks()[..]) {
+            (true, _) => tick,
+            (false, [a, b, ..]) => b - a,
+            (false, _) => self.high - self.low,
         };
         let decimals = (-smallest.log10().floor()).clamp(0.0, 4.0) as usize;
-        let text = |v: f64| {
-            let number = format!("{v:.decimals$}");
-            let number = match self.log && number.contains('.') {
-                true => number.trim_end_matches('0').trim_end_matches('.').to_string(),
-                false => number,
+        format!("{tick:.decimals$}{}", self.unit)
+    }
+}
+
+impl Ranged for Axis {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        let ends = self.scale(self.low)..self.scale(self.high);
+        RangedCoordf64::from(ends).map(&self.scale(*value), limit)
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        if hint.weight().allow_light_points() { vec![] } else { self.ticks() }
+    }
+
+    fn range(&self) -> std::ops::Range<f64> {
+        self.low..self.high
+    }
+}
+
+fn ends(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    let finite = values.filter(|x| x.is_finite());
+    finite.fold(None, |ends, x| Some(ends.map_or((x, x), |(l, h): (f64, f64)| (l.min(x), h.max(x)))))
+}
+
+/// The stand-in of a class.
+fn colour(class: &str) -> RGBColor {
+    RGBColor(0, 0, CLASSES.iter().position(|c| *c == class).unwrap_or_default() as u8)
+}
+
+impl Plot {
+    /// Inline SVG as wide as its place on the page.
+    pub fn svg(&self) -> Result<String> {
+        let mut svg = String::new();
+        self.draw(SVGBackend::with_string(&mut svg, CANVAS)).map_err(|e| anyhow!("plot `{}`: {e}", self.title))?;
+        for (i, class) in CLASSES.iter().enumerate() {
+            for what in ["fill", "stroke"] {
+                svg = svg.replace(&format!("{what}=\"#0000{i:02X}\""), &format!("class=\"{class}\""));
+            }
+        }
+        // The first line has the size in pixels and a name space that HTML knows; circles are those of the marks.
+        let (_, body) = svg.split_once('\n').unwrap_or_default();
+        let mut parts = body.split("<circle");
+        let mut text = format!(
+            "<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{}\">{}",
+            CANVAS.0,
+            CANVAS.1,
+            HtmlEscape(&self.title),
+            parts.next().unwrap_or_default()
+        );
+        for (part, mark) in parts.zip(&self.marks) {
+            let tip = format!("><title>{}</title></circle>", HtmlEscape(&mark.tip));
+            text += "<circle";
+            text += &part.replacen("/>", &tip, 1);
+        }
+        Ok(text)
+    }
+
+    fn draw(&self, backend: SVGBackend) -> Result<(), Box<dyn std::error::Error + '_>> {
+        let root = backend.into_drawing_area();
+        let style = |class: &str| ("sans-serif", DIGIT.0).into_font().color(&colour(class));
+        let mut chart = ChartBuilder::on(&root)
+            .margin(24)
+            .margin_top(44)
+            .margin_right(48)
+            .x_label_area_size(150)
+            .y_label_area_size(210)
+            .build_cartesian_2d(self.x.clone(), self.y.clone())?;
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .axis_style(TRANSPARENT)
+            .bold_line_style(colour("grid").stroke_width(4))
+            .label_style(style("tick"))
+            .axis_desc_style(style("axis"))
+            .x_desc(&self.x.label)
+            .y_desc(&self.y.label)
+            .x_label_formatter(&|at| self.x.text(*at))
+            .y_label_formatter(&|at| self.y.text(*at))
+            .draw()?;
+        for line in &self.lines {
+            let points = line.points.iter().copied();
+            chart.draw_series(LineSeries::new(points, colour(line.class).stroke_width(7)))?;
+        }
+        for m in &self.marks {
+            if let Some(ends) = m.interval {
+                let points = ends.map(|y| (m.at.0, y));
+                chart.draw_series(LineSeries::new(points, colour("interval").stroke_width(5)))?;
+            }
+        }
+        chart.draw_series(self.marks.iter().map(|m| Circle::new(m.at, m.r, colour(m.class).filled())))?;
+        let middle = style("label").pos(Pos::new(HPos::Center, VPos::Center));
+        let places: Vec<_> = self.marks.iter().map(|m| chart.backend_coord(&m.at)).collect();
+        for (m, at) in self.marks.iter().zip(labels(&self.marks, &places)) {
+            if let Some(at) = at {
+                root.draw_text(&m.label, &middle, at)?;
+            }
+        }
+        root.present()?;
+        Ok(())
+    }
+}
+
+/// Where labels stand, the most important mark's first: beside their points, clear of each other and of every point;
+/// a label without such a place is left out.
+fn labels(marks: &[Mark], places: &[(i32, i32)]) -> Vec<Option<(i32, i32)>> {
+    let points = marks.iter().zip(places).map(|(m, at)| (*at, (m.r, m.r)));
+    let mut taken: Vec<((i32, i32), (i32, i32))> = points.collect();
+    let mut found = vec![None; marks.len()];
+    for (i, (m, (x, y))) in marks.iter().zip(places).enumerate().rev() {
+        let half = (DIGIT.1 * m.label.chars().count() as i32 / 2, DIGIT.0 / 2);
+        let (dx, dy) = (m.r + half.0 + 6, m.r + half.1 + 2);
+        let around = [(dx, 0), (0, -dy), (-dx, 0), (0, dy), (dx, -dy), (-dx, -dy), (dx, dy), (-dx, dy)];
+        let clear = |(a, b): (i32, i32)| {
+            let inside = a > half.0 && a < CANVAS.0 as i32 - half.0 && b > half.1 && b < CANVAS.1 as i32 - half.1;
+            let apart = |((c, d), other): &((i32, i32), (i32, i32))| {
+                (a - c).abs() >= half.0 + other.0 || (b - d).abs() >= half.1 + other.1
             };
-            format!("{number}{unit}")
+            inside && taken.iter().all(apart)
         };
-        values.into_iter().map(|v| Tick { at: self.at(v), text: text(v) }).collect()
+        let best = around.iter().map(|(dx, dy)| (x + dx, y + dy)).find(|at| clear(*at));
+        if let Some(at) = best.filter(|_| !m.label.is_empty()) {
+            taken.push((at, half));
+            found[i] = Some(at);
+        }
     }
-}
-
-/// 1, 2 or 5 times a power of ten, at least `step`.
-fn round_step(step: f64) -> f64 {
-    let ten = 10f64.powf(step.log10().floor());
-    let m = [1.0, 2.0, 5.0, 10.0].into_iter().find(|m| m * ten >= step * 0.999).unwrap_or(10.0);
-    m * ten
-}
-
-/// A polyline through values.
-pub fn line(class: &'static str, x: &Axis, y: &Axis, points: impl IntoIterator<Item = (f64, f64)>) -> Line {
-    let points = points.into_iter().map(|(a, b)| format!("{},{}", x.at(a), y.at(b)));
-    Line { class, points: points.collect::<Vec<_>>().join(" ") }
-}
-
-/// A point without label.
-pub fn mark(class: &'static str, x: f64, y: f64, r: f64, tip: String) -> Mark {
-    Mark { class, x, y, r, interval: None, label: String::new(), label_x: x, label_y: y, anchor: "start", tip }
-}
-
-/// A box that a label may not lie on: x from, x to, y of the middle, height.
-type Taken = [f64; 4];
-
-/// Puts labels beside their points: to the right where there is room, apart from each other and from other points.
-pub fn place_labels(marks: &mut [Mark]) {
-    let mut order: Vec<usize> = (0..marks.len()).collect();
-    order.sort_by(|&a, &b| marks[a].y.total_cmp(&marks[b].y));
-    let points: Vec<Taken> = marks.iter().map(|m| [m.x - m.r, m.x + m.r, m.y, 2.0 * m.r]).collect();
-    let mut labels: Vec<Taken> = vec![];
-    for i in order {
-        let m = &mut marks[i];
-        m.label = m.label.chars().take(24).collect();
-        let width = LETTER * m.label.chars().count() as f64;
-        let sides = [("start", m.x + 9.0, m.x + 9.0), ("end", m.x - 9.0, m.x - 9.0 - width)];
-        let fits = |from: f64| from >= 0.0 && from + width <= RIGHT + 8.0;
-        let heights = [0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 3.0].map(|n| m.y + n * LINE * 0.6);
-        let places: Vec<_> = heights
-            .into_iter()
-            .filter(|y| *y > TOP + 4.0 && *y < BOTTOM - 4.0)
-            .flat_map(|y| sides.iter().filter(|s| fits(s.2)).map(move |s| (*s, y)))
-            .collect();
-        let clear = |taken: &[Taken], from: f64, y: f64| {
-            !taken.iter().any(|t| t[0] < from + width && from < t[1] && (t[2] - y).abs() < 0.5 * (LINE + t[3]))
-        };
-        let best = places.iter().find(|(s, y)| clear(&labels, s.2, *y) && clear(&points, s.2, *y));
-        let best = best.or_else(|| places.iter().find(|(s, y)| clear(&labels, s.2, *y)));
-        let ((anchor, x, from), y) = best.copied().unwrap_or((sides[0], m.y));
-        // Letters stand on their line: the middle is above it.
-        (m.anchor, m.label_x, m.label_y) = (anchor, x, y + 4.0);
-        labels.push([from, from + width, y, LINE]);
-    }
+    found
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn mark(at: (f64, f64), label: &str) -> Mark {
+        Mark { class: "front", at, r: 20, interval: Some([0.0, 1.0]), label: label.into(), tip: "<&\">".into() }
+    }
+
     #[test]
     fn ticks_are_round_and_few() {
-        let texts = |axis: Axis, unit| axis.ticks(unit).into_iter().map(|t| t.text).collect::<Vec<_>>();
-        assert_eq!(texts(Axis::y(90.1, 94.2, false), "%"), ["91%", "92%", "93%", "94%"]);
-        assert_eq!(texts(Axis::x(0.0, 1.0, false), ""), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
-        assert_eq!(texts(Axis::x(0.35, 14.0, true), ""), ["0.5", "1", "2", "5", "10"]);
-        for (low, high, log) in [(1.0, 1.0, false), (1.0, 1.0, true), (0.0, 1e-9, false), (1e-3, 1e5, true)] {
-            let n = Axis::x(low, high, log).ticks("").len();
-            assert!((1..=12).contains(&n), "{low} {high} {log}: {n}");
+        let texts = |axis: Axis| axis.ticks().into_iter().map(|t| axis.text(t)).collect::<Vec<_>>();
+        assert_eq!(texts(Axis::new("", "%", 90.1, 94.2)), ["91%", "92%", "93%", "94%"]);
+        assert_eq!(texts(Axis::new("", "", 0.0, 1.0)), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
+        assert_eq!(texts(Axis::log("", [0.5, 9.0].into_iter())), ["0.5", "1", "2", "5", "10"]);
+        for axis in
+            [Axis::new("", "", 1.0, 1.0), Axis::log("", [1.0].into_iter()), Axis::log("", [1e-3, 1e5].into_iter())]
+        {
+            assert!((1..=12).contains(&axis.ticks().len()), "{axis:?}");
+        }
+    }
+
+    #[test]
+    fn a_plot_has_the_pages_classes_and_no_colour() {
+        let plot = Plot {
+            title: "<b>".into(),
+            x: Axis::log("ms", [0.5, 9.0, f64::NAN, -1.0].into_iter()),
+            y: Axis::around("%", "%", [0.0, 1.0].into_iter()),
+            lines: vec![Line { class: "frontier", points: vec![(1.0, 0.0), (f64::NAN, 2.0)] }],
+            marks: vec![mark((1.0, 0.5), "7"), mark((-3.0, f64::INFINITY), "")],
+        };
+        let svg = plot.svg().expect("a plot");
+        assert!(!svg.contains('#') && !svg.contains("NaN") && !svg.contains("http"), "{svg}");
+        assert!(svg.contains("aria-label=\"&lt;b&gt;\"") && svg.matches("<title>&lt;&amp;").count() == 2, "{svg}");
+        for class in ["grid", "tick", "axis", "label", "interval", "frontier", "front"] {
+            assert!(svg.contains(&format!("class=\"{class}\"")), "{class}: {svg}");
         }
     }
 
     #[test]
     fn labels_keep_clear_of_each_other_and_of_points() {
-        let at = |x, y, name: &str| Mark { label: name.into(), ..mark("front", x, y, 5.0, String::new()) };
-        let mut marks =
-            vec![at(300.0, 100.0, "first"), at(320.0, 102.0, "second"), at(385.0, 104.0, "third-of-them")];
-        place_labels(&mut marks);
-        let boxes: Vec<[f64; 2]> = (marks.iter())
-            .map(|m| {
-                let width = LETTER * m.label.len() as f64;
-                if m.anchor == "start" { [m.label_x, m.label_x + width] } else { [m.label_x - width, m.label_x] }
-            })
-            .collect();
-        for (i, m) in marks.iter().enumerate() {
-            assert!(boxes[i][0] >= 0.0 && boxes[i][1] <= 400.0, "{}: on the canvas", m.label);
-            for (j, o) in marks.iter().enumerate().filter(|(j, _)| *j != i) {
-                let beside = |from: f64, to: f64| boxes[i][1] <= from || to <= boxes[i][0];
-                let apart = (m.label_y - o.label_y).abs() >= LINE || beside(boxes[j][0], boxes[j][1]);
-                let off = (m.label_y - 4.0 - o.y).abs() >= 0.5 * LINE + o.r || beside(o.x - o.r, o.x + o.r);
-                assert!(apart && off, "{} and {}: {marks:?}", m.label, o.label);
+        let at = [(800, 500), (830, 505), (860, 500), (800, 500), (1590, 10)];
+        let marks = vec![mark((0.0, 0.0), "12"); at.len()];
+        let found = labels(&marks, &at);
+        assert!(found[4].is_some() && found.iter().flatten().count() >= 4, "{found:?}");
+        for (i, a) in found.iter().enumerate().filter_map(|(i, a)| Some((i, (*a)?))) {
+            for b in found.iter().skip(i + 1).flatten() {
+                assert!((a.0 - b.0).abs() >= 2 * DIGIT.1 || (a.1 - b.1).abs() >= DIGIT.0, "{a:?} {b:?}");
+            }
+            for b in at {
+                assert!((a.0 - b.0).abs() >= DIGIT.1 + 20 || (a.1 - b.1).abs() >= DIGIT.0 / 2 + 20, "{a:?} {b:?}");
             }
         }
-    }
-
-    #[test]
-    fn odd_values_stay_on_the_canvas() {
-        let axis = Axis::around([f64::NAN, 3.0, -1.0].into_iter(), true, Axis::x);
-        for value in [f64::NAN, -1.0, 0.0, 3.0, f64::INFINITY] {
-            let at = axis.at(value);
-            assert!((0.0..=400.0).contains(&at), "{value}: {at}");
-        }
-        Axis::around(std::iter::empty(), false, Axis::y).at(1.0);
     }
 }

@@ -1,7 +1,7 @@
 //! Tests of `report`, on a comparison made by hand.
 
 use super::*;
-use crate::work::compare::{Flip, Measured};
+use crate::work::compare::{Chosen, Flip, Measured};
 use crate::work::gate::Checked;
 use crate::work::machine;
 use crate::work::parts::{Part, Storage};
@@ -34,6 +34,7 @@ fn comparison() -> Comparison {
         against_parent: None,
         against_first: None,
         flipped: vec![],
+        flipped_from_first: vec![],
         speed: Some(Speed {
             isa: "scalar".into(),
             threads: 1,
@@ -86,7 +87,9 @@ fn comparison() -> Comparison {
         threads: 1,
         machine: machine::this(),
         data: Measured { test: EVIL.into(), test_blake3: "0".into(), train: Some(EVIL.into()), held_out: false },
+        measured_at: "2026-01-02 03:04 UTC".into(),
         command: EVIL.into(),
+        compare_command: format!("quetsch compare {EVIL}"),
         recipe: Some(EVIL.into()),
         chosen: None,
         variants: vec![first, second, baseline],
@@ -116,22 +119,33 @@ fn nothing_that_a_user_wrote_is_markup() {
 #[test]
 fn the_page_shows_every_part() {
     let page = comparison().html("t", Lang::En).expect("a page");
-    for part in
-        ["What smaller costs", "Training", "Reliability diagram", "Sentences whose answer changed", "not met"]
-    {
+    for part in [
+        "What smaller costs",
+        "Training",
+        "Reliability diagram",
+        "Sentences whose answer changed",
+        "not met",
+        "2026-01-02",
+        "The comparison alone",
+    ] {
         assert!(page.contains(part), "{part}");
     }
     let words = Lang::En.words();
     for (site, why) in
         [("layer.0.ffn_down", "why_measured"), ("head.4", "why_last"), ("layer.9.query", "why_asked")]
     {
-        assert!(page.contains(&format!("{site}, {}", words[why])), "{site}: why it is in float");
+        assert!(page.contains(&format!("{site} ({})", words[why])), "{site}: why it is in float");
     }
     for part in ["width: 20.0%", "How much each layer minds", "Label by label"] {
         assert!(page.contains(part), "{part}");
     }
     assert_eq!(page.matches("<svg").count(), 5, "two trade-offs, two losses, one reliability diagram");
     assert!(page.contains("class=\"below\""), "points below the baseline are marked");
+    assert!(page.contains("s1 few"), "a bin of few sentences is faint");
+    assert!(
+        page.contains("No smaller model is recommended") && !page.contains("class=\"tiles\""),
+        "nothing is praised"
+    );
 }
 
 #[test]
@@ -143,13 +157,27 @@ fn the_summary_says_what_was_measured() {
         summary.sentences.into_iter().chain(summary.cost).collect::<Vec<_>>().join(" ")
     };
     let en = text(&c, Lang::En);
-    assert!(en.contains("No smaller model stays within 0.5 points of big"), "{en}");
+    assert_eq!(c.summary(Lang::En).recommended, None);
+    assert!(
+        en.contains("The nearest is small; it loses 16.67 points, where 0.5 are allowed, and misses the gate"),
+        "{en}"
+    );
+    assert!(en.contains("and is below the TF-IDF baseline"), "{en}");
+    assert!(
+        en.contains("Of 6 test sentences small answers 5 (83.33%) right, big 6 (100.00%): -16.67 points"),
+        "{en}"
+    );
+    assert!(en.contains("a loss above 0.5 is not excluded"), "{en}");
     assert!(en.contains("4.0 times smaller") && en.contains("2.0 times as fast"), "{en}");
     assert!(en.contains("below that, so not worth running: small"), "{en}");
     assert!(en.contains("0 of 1 conditions are met"), "{en}");
-    assert!(text(&c, Lang::Zh).contains("没有任何较小的模型"));
+    assert!(text(&c, Lang::Zh).contains("最接近的是 small") && text(&c, Lang::Zh).contains("速度为原来的 2.0 倍"));
     c.gates.clear();
     c.variants[1].figures = c.variants[0].figures.clone();
+    assert_eq!(c.summary(Lang::En).recommended, None, "what is below the baseline is not worth running");
+    c.variants[1].below_baseline = Some(false);
+    assert_eq!(c.summary(Lang::En).heading, "Recommended: small");
+    assert!(c.html("t", Lang::En).expect("a page").contains("4.0 times smaller than big (4.00 MB)"));
     assert_eq!(c.summary(Lang::En).recommended.as_deref(), Some("small"));
     c.data.held_out = true;
     assert!(
@@ -160,4 +188,59 @@ fn the_summary_says_what_was_measured() {
     c.html("one model", Lang::En).expect("one model alone is a page too");
     c.variants.clear();
     c.html("nothing", Lang::Zh).expect("so is nothing");
+}
+
+#[test]
+fn a_search_does_not_recommend_what_the_test_data_show_to_be_below_the_baseline() {
+    let mut c = comparison();
+    c.gates.clear();
+    c.chosen = Some(Chosen { variant: Some("small".into()), max_drop: 0.005 });
+    let said = |c: &Comparison| c.summary(Lang::En).sentences.join(" ");
+    assert!(
+        c.summary(Lang::En).recommended.is_none()
+            && said(&c).contains("small, is below the TF-IDF baseline on the test")
+    );
+    c.chosen = Some(Chosen { variant: None, max_drop: 0.005 });
+    assert!(said(&c).contains("On the validation data no smaller model"), "{}", said(&c));
+    c.chosen = Some(Chosen { variant: Some("small".into()), max_drop: 0.005 });
+    c.variants[1].below_baseline = Some(false);
+    assert_eq!(c.summary(Lang::En).recommended.as_deref(), Some("small"), "its loss was judged on other data");
+    assert!(said(&c).contains("The test data had no part in it"), "{}", said(&c));
+}
+
+#[test]
+fn flips_of_the_shown_model_are_against_the_first_one() {
+    let mut c = comparison();
+    let w = Lang::En.words();
+    c.variants[1].against_first = c.variants[1].against_parent.clone();
+    c.variants[1].parent = Some("between".into());
+    c.variants[1].flipped_from_first = vec![Flip { text: "seen".into(), ..c.variants[1].flipped[0].clone() }];
+    let flips = c.flips(&w);
+    assert_eq!((flips[0]["from"].as_str(), flips[1]["from"].as_str()), (Some(EVIL), Some("between")));
+    assert_eq!((&flips[0]["open"], &flips[1]["open"]), (&json!(true), &json!(false)));
+    assert_eq!(flips[0]["rows"][0]["text"], "seen");
+    assert_eq!(flips[0]["lost"], "1 became wrong");
+}
+
+#[test]
+fn small_figures_have_digits() {
+    for (x, decimals, text) in [
+        (91.575, 1, "91.6"),
+        (0.0412, 1, "0.0412"),
+        (0.0, 1, "0.0"),
+        (0.137, 2, "0.137"),
+        (28.92, 2, "28.92"),
+        (128.4, 0, "128"),
+        (4.0, 1, "4.00"),
+    ] {
+        assert_eq!(figure(x, decimals), text);
+    }
+}
+
+#[test]
+fn a_chinese_report_is_chinese() {
+    let mut c = comparison();
+    c.variants[0].name = "big".into();
+    let markdown = c.markdown(Lang::Zh);
+    assert!(markdown.contains("| 模型 | 参数量 |") && !markdown.contains("sentences"), "{markdown}");
 }

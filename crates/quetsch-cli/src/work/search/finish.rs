@@ -1,26 +1,28 @@
 //! The end of a search: every trained shape worth it is stored in every way, timed, and what nothing beats is measured
 //! on the test data, once.
 
+use super::Search;
 use super::trial::{self, Status, Trial};
-use super::{RECORD, Search};
 use crate::commands::Speed;
-use crate::recipe::Kind;
+use crate::recipe::{Kind, SearchFile};
 use crate::settings::{Compare, Data, Prune, Quantize, Vocab};
 use crate::ui::{duration, mb, percent};
 use crate::work::compare::{self, Chosen, Comparison, Plan};
+use crate::work::machine::{self, Machine};
 use crate::work::pareto::{front, hypervolume, select};
 use crate::work::report::Lang;
-use crate::work::{machine, pretty, round};
+use crate::work::{pretty, round};
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use quetsch::atomic::write_file;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// A model that was measured.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Point {
     /// Shape, `v` for a smaller vocabulary, and the way its weights are stored.
     pub name: String,
@@ -41,6 +43,45 @@ pub struct Point {
     /// In a process of its own.
     #[serde(flatten)]
     pub speed: Speed,
+}
+
+/// What a finished search adds to `search.json`.
+#[derive(Serialize, JsonSchema)]
+pub struct Outcome<'a> {
+    /// Program and version.
+    tool: &'static str,
+    /// Where it was measured.
+    machine: Machine,
+    /// Threads of all trials together.
+    threads: usize,
+    /// Trials at a time.
+    jobs: usize,
+    /// The search file with nothing left open.
+    #[schemars(with = "Value")]
+    search: &'a SearchFile,
+    /// The teacher's accuracy on the validation part.
+    teacher_validation_accuracy: f64,
+    /// The TF-IDF baseline's.
+    baseline_validation_accuracy: f64,
+    /// Points that the recommended model may lose against the teacher.
+    max_drop: f64,
+    /// Name of the recommended point; none if every one loses too much or is below the baseline.
+    recommended: Option<String>,
+    /// Beyond the teacher and the baseline.
+    hypervolume: Hypervolume,
+    /// The models that were timed, the teacher first.
+    points: &'a [Point],
+    /// Accuracy on the test data by name.
+    test_accuracy: BTreeMap<&'a str, f64>,
+}
+
+/// Areas that the points dominate.
+#[derive(Serialize, JsonSchema)]
+struct Hypervolume {
+    /// Points of accuracy times doublings of speed.
+    latency: f64,
+    /// Points of accuracy times halvings of size.
+    size: f64,
 }
 
 /// What a search found: `search.json`.
@@ -110,7 +151,11 @@ impl Found {
         let drop = r["max_drop"].as_f64().unwrap_or(0.0);
         text += &match r["recommended"].as_str() {
             Some(name) => format!("\nrecommended within {drop} points of the teacher: {name}"),
-            None => format!("\nno model stays within {drop} points of the teacher on the validation part"),
+            None => format!(
+                "\nnone is recommended: on the validation part no smaller model stays within {drop} points of the teacher \
+                 and above TF-IDF ({})",
+                percent(r["baseline_validation_accuracy"].as_f64().unwrap_or(0.0))
+            ),
         };
         text
     }
@@ -228,13 +273,7 @@ impl Search<'_> {
 
     fn conclude(&mut self, teacher: usize, points: Vec<Point>) -> Result<Found> {
         let first = points.first().context("nothing could be timed, not even the teacher")?.clone();
-        let wanted = first.validation_accuracy - self.file.search.max_drop.0 / 100.0 - 1e-9;
-        let good = |p: &&Point| p.validation_accuracy >= wanted && p.name != first.name;
-        let cost = |p: &Point| (p.speed.latency_ms.p50, p.disk_bytes);
-        let recommended = points.iter().filter(good).min_by(|a, b| {
-            let ((a, x), (b, y)) = (cost(a), cost(b));
-            a.total_cmp(&b).then(x.cmp(&y))
-        });
+        let recommended = recommended(&points, self.file.search.max_drop.0 / 100.0);
         let recommended = recommended.map(|p| p.name.clone());
         // Doublings and points, from the teacher's cost and the baseline's accuracy on.
         let at = |cost: fn(&Point) -> f64| -> Vec<(f64, f64)> {
@@ -244,7 +283,7 @@ impl Search<'_> {
         let size: fn(&Point) -> f64 = |p| p.disk_bytes as f64;
         let reference = |cost: fn(&Point) -> f64| (cost(&first).log2(), 100.0 * self.baseline);
         let volume = |cost| round(hypervolume(&at(cost), reference(cost)), 4);
-        let hypervolumes = json!({ "latency": volume(latency), "size": volume(size) });
+        let hypervolume = Hypervolume { latency: volume(latency), size: volume(size) };
 
         // The recommended point, then what says most about either cost, one after the other.
         let mut finals: Vec<usize> =
@@ -262,34 +301,29 @@ impl Search<'_> {
         let out = &self.file.out;
         let title = "Quetsch: search";
         write_file(out.join("report.html"), comparison.html(title, Lang::En)?.as_bytes())?;
-        write_file(out.join("report.zh.html"), comparison.html("Quetsch:搜索", Lang::Zh)?.as_bytes())?;
+        write_file(out.join("report.zh.html"), comparison.html("Quetsch：搜索", Lang::Zh)?.as_bytes())?;
         write_file(out.join("report.md"), comparison.markdown(Lang::En).as_bytes())?;
         write_file(out.join("report.json"), &pretty(&comparison)?)?;
         let on_test: BTreeMap<&str, f64> = match self.file.data.test {
             Some(_) => comparison.variants.iter().map(|v| (v.name.as_str(), v.labels().accuracy)).collect(),
             None => BTreeMap::new(),
         };
-        let record = json!({
-            "version": 1,
-            "tool": comparison.tool,
-            "key": self.key,
-            "finished": true,
-            "seconds": round(self.seconds(), 1),
-            "machine": machine::this(),
-            "threads": self.options.threads,
-            "jobs": self.options.jobs,
-            "search": self.file,
-            "teacher_validation_accuracy": self.trials[teacher].accuracy.or(Some(first.validation_accuracy)),
-            "baseline_validation_accuracy": self.baseline,
-            "max_drop": self.file.search.max_drop,
-            "recommended": recommended,
-            "hypervolume": hypervolumes,
-            "points": points,
-            "test_accuracy": on_test,
-            "trials": self.trials,
-        });
-        write_file(out.join(RECORD), &pretty(&record)?)?;
-        Ok(Found(record))
+        let first_accuracy = first.validation_accuracy;
+        let outcome = Outcome {
+            tool: comparison.tool,
+            machine: machine::this(),
+            threads: self.options.threads,
+            jobs: self.options.jobs,
+            search: self.file,
+            teacher_validation_accuracy: self.trials[teacher].accuracy.unwrap_or(first_accuracy),
+            baseline_validation_accuracy: self.baseline,
+            max_drop: self.file.search.max_drop.0,
+            recommended,
+            hypervolume,
+            points: &points,
+            test_accuracy: on_test,
+        };
+        Ok(Found(self.save(Some(outcome))?))
     }
 
     /// The final points on the test data, which nothing before has looked at.
@@ -322,8 +356,64 @@ impl Search<'_> {
     }
 }
 
+/// The fastest point, of equals the smallest, that loses at most `max_drop` against the first one, the teacher, and is
+/// worth running: not below the baseline.
+fn recommended(points: &[Point], max_drop: f64) -> Option<&Point> {
+    let (first, others) = points.split_first()?;
+    let wanted = first.validation_accuracy - max_drop - 1e-9;
+    let good = others.iter().filter(|p| p.validation_accuracy >= wanted && !p.below_baseline);
+    good.min_by(|a, b| {
+        let fast = a.speed.latency_ms.p50.total_cmp(&b.speed.latency_ms.p50);
+        fast.then(a.disk_bytes.cmp(&b.disk_bytes))
+    })
+}
+
 impl Point {
     fn costs(&self) -> [f64; 3] {
         [self.speed.latency_ms.p50, mb(self.disk_bytes), self.speed.peak_rss_mb.unwrap_or(0.0)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_below_the_baseline_is_never_recommended() {
+        let point = |name: &str, accuracy: f64, ms: f64, disk_bytes: u64| Point {
+            name: name.into(),
+            dir: name.into(),
+            validation_accuracy: accuracy,
+            macs: 1.0,
+            parameters: 1,
+            disk_bytes,
+            front: true,
+            below_baseline: accuracy < 0.8,
+            speed: serde_json::from_value(json!({
+                "threads": 1,
+                "isa": "scalar",
+                "load_ms": 1.0,
+                "first_answer_ms": 1.0,
+                "latency_ms": { "p50": ms, "p99": ms },
+                "by_length": [],
+                "sentences_per_s": 1.0,
+                "peak_rss_mb": null,
+            }))
+            .expect("a speed"),
+        };
+        let points = [
+            point("teacher", 0.83, 9.0, 9),
+            point("slow", 0.829, 2.0, 1),
+            point("fast", 0.81, 1.0, 2),
+            point("equal", 0.81, 1.0, 1),
+            point("below", 0.79, 0.5, 1),
+        ];
+        for (max_drop, want) in [(0.0, None), (0.005, Some("slow")), (0.02, Some("equal")), (0.05, Some("equal"))] {
+            assert_eq!(recommended(&points, max_drop).map(|p| p.name.as_str()), want, "{max_drop}");
+        }
+        assert!(
+            recommended(&points[..1], 1.0).is_none()
+                && recommended(&[points[0].clone(), points[4].clone()], 1.0).is_none()
+        );
     }
 }

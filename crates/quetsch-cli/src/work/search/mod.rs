@@ -28,7 +28,9 @@ use quetsch::metrics;
 use quetsch::runtime::Classifier;
 use quetsch::spec::ModelSpec;
 use quetsch::tokenizer::Tokenizer;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use space::{Shape, cover, macs, shapes, spread_layers, survivors};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -36,6 +38,7 @@ use std::time::Instant;
 use trial::{Status, Trial};
 
 pub use finish::Found;
+use finish::Outcome;
 
 /// The search's own record.
 const RECORD: &str = "search.json";
@@ -73,6 +76,23 @@ struct Search<'a> {
     before_s: f64,
     trials: Vec<Trial>,
     bar: Bar,
+}
+
+/// `search.json`.
+#[derive(Serialize, JsonSchema)]
+struct Record<'a> {
+    /// Layout of this JSON.
+    version: u32,
+    /// Hash of the search file, the data and the program's version.
+    key: &'a str,
+    /// Whether the search is at its end; before it there are the trials so far.
+    finished: bool,
+    /// What all runs of the search took.
+    seconds: f64,
+    #[serde(flatten)]
+    outcome: Option<Outcome<'a>>,
+    /// In the order in which they were planned.
+    trials: &'a [Trial],
 }
 
 /// What `search.json` of an interrupted search tells.
@@ -125,7 +145,7 @@ pub fn search(file: &SearchFile, options: Options, ui: &Ui) -> Result<Found> {
     let outcome = s.run(&split.train);
     // What is known so far is worth having, whatever ended the search.
     if outcome.is_err() {
-        s.save()?;
+        s.save(None)?;
         if crate::ui::is_interrupted() {
             let done = s.trials.iter().filter(|t| t.status == Status::Done).count();
             return Err(interrupted(format!(
@@ -184,10 +204,7 @@ fn baseline(train: &Dataset, validation: &Dataset) -> f64 {
 
 impl Search<'_> {
     fn say(&mut self, text: impl std::fmt::Display) {
-        match self.trials.is_empty() {
-            true => self.ui.note(text),
-            false => self.bar.line(text),
-        }
+        self.bar.line(text);
     }
 
     fn seconds(&self) -> f64 {
@@ -410,7 +427,7 @@ impl Search<'_> {
             s.trials[which[i]].end(end);
             let line = s.trials[which[i]].line();
             s.bar.line(line);
-            s.save()
+            s.save(None).map(drop)
         };
         pool::run(&tasks, share, &mut may_start, &mut ended)
     }
@@ -447,19 +464,18 @@ impl Search<'_> {
         self.bar.at(ended as u64, || format!("{name}{best}, {time} so far{left}"));
     }
 
-    /// Writes what is known so far.
-    fn save(&self) -> Result<()> {
-        #[derive(Serialize)]
-        struct Record<'a> {
-            version: u32,
-            key: &'a str,
-            finished: bool,
-            seconds: f64,
-            trials: &'a [Trial],
-        }
-        let seconds = super::round(self.seconds(), 1);
-        let record = Record { version: 1, key: &self.key, finished: false, seconds, trials: &self.trials };
-        Ok(write_file(self.file.out.join(RECORD), &super::pretty(&record)?)?)
+    /// Writes what is known so far, or what was found.
+    fn save(&self, outcome: Option<Outcome>) -> Result<Value> {
+        let record = Record {
+            version: 1,
+            key: &self.key,
+            finished: outcome.is_some(),
+            seconds: super::round(self.seconds(), 1),
+            outcome,
+            trials: &self.trials,
+        };
+        write_file(self.file.out.join(RECORD), &super::pretty(&record)?)?;
+        Ok(serde_json::to_value(record)?)
     }
 }
 
@@ -469,4 +485,14 @@ fn lengths(teacher: &Path, train: &Dataset, longest: usize, threads: usize) -> R
     let step = train.len().div_ceil(LENGTHS).max(1);
     let texts: Vec<&String> = train.texts.iter().step_by(step).collect();
     Ok(tokenizer.encode_all(&texts, longest, threads)?.iter().map(|e| e.ids.len()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_published_schema_is_that_of_the_record() {
+        crate::work::compare::tests::assert_published::<Record>("search.schema.json");
+    }
 }

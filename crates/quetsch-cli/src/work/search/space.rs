@@ -9,10 +9,11 @@ use anyhow::Result;
 use quetsch::cost::CostOps;
 use quetsch::rng;
 use quetsch::spec::ModelSpec;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// A student's shape and what it learns from.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct Shape {
     /// Layers of the teacher that it has.
     pub layers: usize,

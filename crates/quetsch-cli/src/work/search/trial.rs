@@ -8,6 +8,7 @@ use crate::work::corpus::hash_of;
 use crate::work::provenance;
 use anyhow::{Context, Result};
 use quetsch::atomic::write_file;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::Value;
 use std::fmt;
@@ -19,7 +20,7 @@ const MODEL: &str = "model";
 const SENSITIVITY: f64 = 0.5;
 
 /// How far a trial is.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
     /// Not begun, or not at its end.
@@ -44,7 +45,7 @@ impl fmt::Display for Status {
 }
 
 /// A model that the search makes.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct Trial {
     /// Shape, and what was done with it.
     pub name: String,

@@ -60,9 +60,9 @@ fn float_models_give_the_logits_of_transformers() {
     }
 }
 
-const FAMILIES: [&str; 4] = ["distilbert", "roberta", "xlm_roberta", "electra"];
+const FAMILIES: [&str; 6] = ["distilbert", "roberta", "xlm_roberta", "electra", "camembert", "chinese_bert"];
 
-/// One forward for all families: texts and pairs of texts, each with its own kind of tokenizer.
+/// One forward for all families and languages: texts and pairs of texts, each with its own kind of tokenizer.
 #[test]
 fn other_families_give_the_logits_of_transformers() {
     for name in FAMILIES {

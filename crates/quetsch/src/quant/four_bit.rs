@@ -39,14 +39,9 @@ impl FourBitKind {
     }
 }
 
-/// What a linear with 4-bit or float weights multiplies in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compute {
-    /// Input, weight and result rounded to bfloat16, f32 accumulation.
-    Bf16,
-    /// f32 throughout.
-    F32,
-}
+/// What a linear with 4-bit or float weights multiplies in: input, weight, bias and result are rounded to this type,
+/// products are summed in f32.
+pub type Compute = FloatType;
 
 /// Block scales.
 #[derive(Clone, Debug, PartialEq)]
@@ -126,13 +121,18 @@ static DYNAMIC_CODES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..=u16::MAX).map(nearest).collect()
 });
 
-/// `torch.sum` of a contiguous f32 vector on a CPU, to the bit: 8 lanes of four interleaved rows, each row a cascade of
-/// partial sums. The mean is in the file, so the order of additions is part of the format. (Above 32,768 scales torch
-/// splits the sum between threads, and its own last bit depends on their number.)
+/// `torch.sum` of a contiguous f32 vector on a CPU, to the bit: from 8 numbers on, 8 lanes of four interleaved rows, each
+/// row a cascade of partial sums. The mean is in the file, so the order of additions is part of the format. (Above 32,768
+/// scales torch splits the sum between threads, and its own last bit depends on their number.)
 fn torch_sum(x: &[f32]) -> f32 {
     const LANES: usize = 8;
     const ROWS: usize = 4;
     const LEVELS: usize = 4;
+    if x.len() < LANES {
+        // Too few for lanes: four sums of single numbers, of which the first takes what is left over.
+        let order = (0..1).chain(ROWS..x.len()).chain(1..ROWS);
+        return order.filter_map(|i| x.get(i)).sum();
+    }
     let (vectors, tail) = x.as_chunks::<LANES>();
     let (steps, rest) = vectors.as_chunks::<ROWS>();
     let add = |a: &mut [f32; LANES], b: &[f32; LANES]| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
@@ -217,13 +217,15 @@ pub struct FourBitOptions {
     pub source: FloatType,
     /// What the forward computes in.
     pub compute: Compute,
+    /// Elements per block: [`BLOCK`], if nothing speaks for another.
+    pub block: usize,
 }
 
 impl FourBit {
-    /// Per block of 64: absmax, s = clamp(w * (1 / absmax), -1, 1), then the number of midpoints between neighbouring
+    /// Per block: absmax, s = clamp(w * (1 / absmax), -1, 1), then the number of midpoints between neighbouring
     /// codebook values that are below s (a tie goes down).
     pub fn encode(w: &[f32], options: FourBitOptions) -> FourBit {
-        let FourBitOptions { kind, double_quant, source, compute } = options;
+        let FourBitOptions { kind, double_quant, source, compute, block } = options;
         let map = kind.map();
         let mut sorted: Vec<u8> = (0..16).collect();
         // Stable, so that of FP4's two zeros the first is the lower one.
@@ -231,12 +233,12 @@ impl FourBit {
         let value = |rank: usize| map[sorted[rank] as usize];
         let midpoints: Vec<f32> = (0..15).map(|i| (value(i) + value(i + 1)) / 2.0).collect();
         let (mut codes, mut scales) = (Vec::with_capacity(w.len() + 1), vec![]);
-        for block in w.chunks(BLOCK) {
-            let block: Vec<f32> = block.iter().map(|&w| source.round(w)).collect();
-            let absmax = block.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+        for values in w.chunks(block) {
+            let values: Vec<f32> = values.iter().map(|&w| source.round(w)).collect();
+            let absmax = values.iter().fold(0.0f32, |m, w| m.max(w.abs()));
             let inverse = 1.0 / absmax.max(1e-38);
             let rank = |w: &f32| midpoints.partition_point(|m| *m < (w * inverse).clamp(-1.0, 1.0));
-            codes.extend(block.iter().map(|w| sorted[rank(w)]));
+            codes.extend(values.iter().map(|w| sorted[rank(w)]));
             scales.push(absmax);
         }
         if !codes.len().is_multiple_of(2) {
@@ -244,7 +246,7 @@ impl FourBit {
         }
         let packed = codes.as_chunks::<2>().0.iter().map(|[high, low]| high << 4 | low).collect();
         let absmax = if double_quant { Absmax::nested(&scales) } else { Absmax::Plain(scales) };
-        FourBit { kind, map: map.to_vec(), packed, len: w.len(), block: BLOCK, absmax, source, compute }
+        FourBit { kind, map: map.to_vec(), packed, len: w.len(), block, absmax, source, compute }
     }
 
     /// Bytes of codes and scales.

@@ -2,6 +2,7 @@
 //! quantisation of the block scales.
 
 use crate::checkpoint::FloatType;
+use std::ops::Range;
 use std::sync::LazyLock;
 
 /// Elements per block.
@@ -70,7 +71,7 @@ pub struct FourBit {
     pub kind: FourBitKind,
     /// The 16 codebook values as the file holds them.
     pub map: Vec<f32>,
-    /// Two elements a byte, the first in the high nibble.
+    /// Two elements a byte, the first in the high nibble; empty where they stay in the file (see [`crate::dir::Rows`]).
     pub packed: Vec<u8>,
     /// Number of elements.
     pub len: usize,
@@ -257,7 +258,7 @@ impl FourBit {
     /// `code[nibble] * absmax` in f32, rounded to the source type. `[len]`
     pub fn dequantise(&self) -> Vec<f32> {
         if !self.block.is_multiple_of(2) {
-            return self.values(0..self.len).collect();
+            return self.values(&self.packed, 0..self.len).collect();
         }
         let mut out = Vec::with_capacity(self.len + 1);
         for (block, bytes) in self.packed.chunks(self.block / 2).enumerate() {
@@ -269,14 +270,20 @@ impl FourBit {
         out
     }
 
-    /// As [`FourBit::dequantise`], some of the elements.
-    pub fn values(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = f32> {
-        let value = |i: usize| {
-            let byte = self.packed[i / 2];
+    /// The bytes of `packed` that hold some of the elements.
+    pub fn bytes_of(elements: Range<usize>) -> Range<usize> {
+        elements.start / 2..elements.end.div_ceil(2)
+    }
+
+    /// As [`FourBit::dequantise`], some of the elements, from [the bytes that hold them](FourBit::bytes_of).
+    pub fn values(&self, bytes: &[u8], elements: Range<usize>) -> impl Iterator<Item = f32> {
+        let first = elements.start / 2;
+        let value = move |i: usize| {
+            let byte = bytes[i / 2 - first];
             let code = if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
             self.source.round(self.map[code as usize] * self.absmax.scale(i / self.block))
         };
-        range.map(value)
+        elements.map(value)
     }
 }
 

@@ -133,7 +133,7 @@ def camembert(folder):
 def chinese_bert(folder):
     """Chinese characters are words of their own, some known and some not; Latin words between them are not cut by them."""
     characters = dict.fromkeys(c for c in "".join(CHINESE) if "一" <= c <= "龥" and c not in "龍銀")
-    words = ["visa", "atm", "pin", "twice", "##sa", "##in", *"0123456789", *"，？；：、"]
+    words = ["visa", "atm", "pin", "twice", *"0123456789", *"，？；：、"]
     vocab = [*vocabulary()[:5], *characters, *words, *"abcdefghijklmnopqrstuvwxyz"]
     tokenizer = word_piece(folder, BertTokenizerFast, vocab + [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"])
     model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **SIZES))

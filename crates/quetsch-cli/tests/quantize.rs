@@ -56,7 +56,7 @@ fn keep_auto_takes_the_first_sites_that_meet_the_budget() {
     let place = Place::new();
     place.ok("train --model model --train train.csv --epochs 30 --learning-rate 1e-3 --out float");
     let line = "quantize --model float --quant fp4 --keep auto --train train.csv --validation 0.5 --budget";
-    for (budget, out) in [("0", "strict"), ("100", "loose")] {
+    for (budget, out) in [("0pt", "strict"), ("100", "loose")] {
         place.ok(&format!("{line} {budget} --out {out}"));
         let report = json(&place.read(&format!("{out}/report.json")));
         let found = &report["sensitivity"];
@@ -146,6 +146,60 @@ fn a_calibrated_model_runs_and_says_on_what_it_was_calibrated() {
     assert!(place.ok("inspect static --verbose").stdout.contains("SQNR dB"));
     let without = place.run("quantize --model model --quant int8-static --out other");
     assert!(without.code != 0 && without.stderr.contains("--train"), "{}", without.stderr);
+}
+
+/// The threshold stands in the file; how many columns reach it is counted where there are training data, and shown.
+#[test]
+fn outlier_columns_are_counted_and_their_threshold_is_a_setting() {
+    let place = Place::new();
+    let config = |dir: &str| json(&place.read(&format!("{dir}/config.json")))["quantization_config"].clone();
+    let line = "quantize --model model --quant bnb-int8 --train train.csv";
+    place.ok(&format!("{line} --outlier-threshold 1.5 --out low"));
+    place.ok(&format!("{line} --out usual"));
+    place.ok(&format!("{line} --outlier-threshold 0 --out off"));
+    place.ok("quantize --model model --quant bnb-int8 --out blind");
+    let outliers = |dir: &str| -> Vec<u64> {
+        let shown = json(place.ok(&format!("inspect {dir} --verbose --format json")).stdout.as_bytes());
+        let inputs = shown["inputs"].as_object().cloned().unwrap_or_default();
+        inputs.values().filter_map(|i| i["outlier_columns"].as_u64()).collect()
+    };
+    assert!(outliers("low").iter().any(|n| *n > 0), "{:?}", outliers("low"));
+    assert!(outliers("usual").iter().sum::<u64>() < outliers("low").iter().sum());
+    assert!(outliers("off").iter().all(|n| *n == 0) && !outliers("off").is_empty());
+    assert!(outliers("blind").is_empty(), "no data, nothing seen");
+    for (dir, threshold) in [("low", 1.5), ("usual", 6.0), ("off", 0.0), ("blind", 6.0)] {
+        assert_eq!(config(dir)["llm_int8_threshold"], threshold, "{dir}");
+    }
+    assert!(place.ok("inspect low --verbose").stdout.contains("outlier columns"));
+    for (line, named) in [
+        ("quantize --model model --quant nf4 --outlier-threshold 5 --out x", "bnb-int8"),
+        ("quantize --model model --quant bnb-int8 --outlier-threshold=-1 --out x", "outlier-threshold"),
+        ("quantize --model model --quant int8 --source-dtype f16 --out x", "nf4"),
+    ] {
+        let refused = place.run(line);
+        assert!(refused.code == 2 && refused.stderr.contains(named), "{line}: {}", refused.stderr);
+    }
+    std::fs::remove_file(place.path("blind/report.json")).expect("a report");
+    let hint = place.ok("inspect blind --verbose").stderr;
+    assert!(hint.contains("--against"), "{hint}");
+}
+
+#[test]
+fn types_of_4_bit_weights_are_settings() {
+    let place = Place::new();
+    place.ok("quantize --model model --quant nf4 --compute f16 --source-dtype bf16 --out made");
+    place.ok("quantize --model model --quant bf16 --out bf16");
+    place.ok("quantize --model bf16 --quant nf4 --out stepwise");
+    let config = json(&place.read("made/config.json"));
+    assert_eq!(config["quantization_config"]["bnb_4bit_compute_dtype"], "float16");
+    assert_eq!(config["dtype"], "float32", "what is not quantised keeps its type");
+    let values = |dir: &str| {
+        let shown = place.ok(&format!("inspect {dir} --against model --format json"));
+        json(shown.stdout.as_bytes())["distortion"]["backbone.encoder.layer.0.output.dense.weight"].clone()
+    };
+    assert!(values("made").is_object());
+    assert_eq!(values("made"), values("stepwise"));
+    assert!(String::from_utf8_lossy(&place.read("made/model.safetensors")).contains("\"dtype\": \"bfloat16\""));
 }
 
 /// The temperature goes into the last linear: all logits are divided by it, and no text of the calibration data has a

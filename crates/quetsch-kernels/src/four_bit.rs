@@ -1,7 +1,7 @@
 //! 4-bit blocks: decoding by table.
 
 use crate::isa::{Isa, isa};
-use crate::math;
+use crate::math::Rounding;
 use crate::panels::Precision;
 use std::ops::Range;
 
@@ -18,18 +18,16 @@ type Codes = [u8; LINE];
 /// Columns of a panel.
 const LINE: usize = 16;
 
-/// What codes mean: map * scale of its block, rounded to f16 and then to bf16 where asked. Panels of bf16 hold values
-/// rounded to bf16, of which denormals may be zero: their products count them as zero.
+/// What codes mean: map * scale of its block, rounded to the type that was quantised and then to that of the product.
+/// Panels of bf16 hold values rounded to bf16, of which denormals may be zero: their products count them as zero.
 #[derive(Clone, Copy)]
 pub struct Values {
     /// By code.
     pub map: [f32; 16],
     /// Elements of the row-major matrix in a block.
     pub block: usize,
-    /// Whether values are rounded to f16.
-    pub f16: bool,
-    /// Whether they are rounded to bf16.
-    pub bf16: bool,
+    /// What values are rounded to, the first one first.
+    pub rounded: [Rounding; 2],
 }
 
 impl Panels {
@@ -155,10 +153,9 @@ kernel! {
         p: Precision,
         out: &mut [u32],
     ) {
+        let [source, compute] = values.rounded;
         let value = |code: u8, scale: f32| {
-            let v = values.map[usize::from(code)] * scale;
-            let v = if values.f16 { math::f16(v) } else { v };
-            (if values.bf16 { math::bf16(v) } else { v }).to_bits()
+            compute.of(source.of(values.map[usize::from(code)] * scale)).to_bits()
         };
         let per = if p == Precision::Bf16 { LINE } else { 2 * LINE };
         for (codes, out) in codes.iter().zip(out.chunks_exact_mut(per)) {
@@ -176,13 +173,14 @@ kernel! {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Codes, LINE, Values};
+    use crate::math::Rounding;
     use std::arch::x86_64::*;
 
-    /// The map times two lines of scales, by code; rounded to f16 where asked.
+    /// The map times two lines of scales, by code; rounded once.
     struct Products {
         map: __m512,
         scales: [__m512; 2],
-        f16: bool,
+        source: Rounding,
     }
 
     impl Products {
@@ -191,7 +189,11 @@ mod x86 {
         fn new(scales: &[[f32; LINE]; 2], values: &Values) -> Products {
             // SAFETY: the map and both lines of scales have 16 floats.
             let load = |line: &[f32; LINE]| unsafe { _mm512_loadu_ps(line.as_ptr()) };
-            Products { map: load(&values.map), scales: [load(&scales[0]), load(&scales[1])], f16: values.f16 }
+            Products {
+                map: load(&values.map),
+                scales: [load(&scales[0]), load(&scales[1])],
+                source: values.rounded[0],
+            }
         }
 
         /// Of the first and of the second code of each byte.
@@ -202,11 +204,7 @@ mod x86 {
             let codes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
             let product = |code: __m512i, scale: __m512| {
                 // The lookup reads the low four bits of a lane.
-                let v = _mm512_mul_ps(_mm512_permutexvar_ps(code, self.map), scale);
-                if !self.f16 {
-                    return v;
-                }
-                _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v))
+                rounded(_mm512_mul_ps(_mm512_permutexvar_ps(code, self.map), scale), self.source)
             };
             [product(_mm512_srli_epi32::<4>(codes), self.scales[0]), product(codes, self.scales[1])]
         }
@@ -240,8 +238,20 @@ mod x86 {
         let products = Products::new(scales, values);
         for (codes, lines) in codes.iter().zip(out.as_chunks_mut::<LINE>().0.as_chunks_mut::<2>().0) {
             for (v, line) in products.of(codes).into_iter().zip(lines) {
-                store(line, if values.bf16 { round_to_bf16(v) } else { _mm512_castps_si512(v) });
+                store(line, _mm512_castps_si512(rounded(v, values.rounded[1])));
             }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn rounded(v: __m512, to: Rounding) -> __m512 {
+        match to {
+            Rounding::F32 => v,
+            Rounding::F16 => {
+                _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v))
+            }
+            Rounding::Bf16 => _mm512_castsi512_ps(round_to_bf16(v)),
         }
     }
 
@@ -272,29 +282,23 @@ mod tests {
             let scale = |b: usize| (b * 31 % 17) as f32 * 0.013 + 0.001;
             let code = |i: usize| packed[i / 2] >> (4 * (1 - i % 2)) & 15;
             let panels = Panels::new(&packed, n, k);
-            for (f16, bf16, p) in [
-                (false, false, Precision::F32),
-                (true, false, Precision::F32),
-                (true, true, Precision::F32),
-                (true, true, Precision::Bf16),
-                (false, true, Precision::Bf16),
-            ] {
-                let value = |i: usize| {
-                    let v = map[usize::from(code(i))] * scale(i / block);
-                    let v = if f16 { math::f16(v) } else { v };
-                    if bf16 { math::bf16(v) } else { v }
-                };
+            let types = [Rounding::F32, Rounding::F16, Rounding::Bf16];
+            let pairs = types.into_iter().flat_map(|source| types.map(|compute| [source, compute]));
+            let f32s = pairs.clone().map(|rounded| (rounded, Precision::F32));
+            let bf16s = pairs.filter(|r| r[1] == Rounding::Bf16).map(|rounded| (rounded, Precision::Bf16));
+            for (rounded, p) in f32s.chain(bf16s) {
+                let value = |i: usize| rounded[1].of(rounded[0].of(map[usize::from(code(i))] * scale(i / block)));
                 let rows: Vec<f32> = (0..n * k).map(value).collect();
                 let mut want = vec![7; p.panels_len(k, n)];
                 pack_panels_across(p, |c| &rows[c * k..(c + 1) * k], k, n, &mut want);
                 let mut got = vec![9; want.len()];
-                panels.decode(0..n, p, &Values { map, block, f16, bf16 }, scale, &mut got);
+                panels.decode(0..n, p, &Values { map, block, rounded }, scale, &mut got);
                 // Padding may be a zero of either sign.
                 let plus = |words: &[u32]| -> Vec<u32> {
                     let zero = |w: u32| [w & 0xffff, w >> 16].map(|h| if h == 0x8000 { 0 } else { h });
                     words.iter().flat_map(|w| if *w == 1 << 31 { [0; 2] } else { zero(*w) }).collect()
                 };
-                assert!(plus(&got) == plus(&want), "{n}x{k} {block} {p:?} f16 {f16} bf16 {bf16}");
+                assert!(plus(&got) == plus(&want), "{n}x{k} {block} {p:?} {rounded:?}");
             }
         }
     }
@@ -306,12 +310,17 @@ mod tests {
         let mut scales = [[0.5; LINE]; 2];
         scales[0].iter_mut().enumerate().for_each(|(i, s)| *s = i as f32 * 0.37 + 1e-6);
         scales[1][3] = f32::INFINITY;
-        for (p, per) in [(Precision::F32, 32), (Precision::Bf16, 16)] {
-            let values = Values { map, block: 64, f16: p == Precision::Bf16, bf16: true };
+        for (p, per, rounded) in [
+            (Precision::F32, 32, [Rounding::F32, Rounding::Bf16]),
+            (Precision::F32, 32, [Rounding::Bf16, Rounding::F16]),
+            (Precision::F32, 32, [Rounding::F16, Rounding::F32]),
+            (Precision::Bf16, 16, [Rounding::F16, Rounding::Bf16]),
+        ] {
+            let values = Values { map, block: 64, rounded };
             let (mut plain, mut best) = (vec![9; 37 * per], vec![8; 37 * per]);
             expand(&codes, &scales, &values, p, &mut plain, Isa::Scalar);
             expand(&codes, &scales, &values, p, &mut best, isa());
-            assert_eq!(plain, best, "{p:?}");
+            assert_eq!(plain, best, "{p:?} {rounded:?}");
         }
     }
 }

@@ -97,15 +97,9 @@ pub(crate) fn activate(x: &mut [f32], f: Activation) {
     }
 }
 
-kernel! {
-    /// y = f(y + bias).
-    pub fn bias_activation(y: &mut Window, bias: &[f32], f: Activation) {
-        for r in 0..y.rows() {
-            let row = y.row(r);
-            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-            activate(row, f);
-        }
-    }
+/// y = f(y + bias).
+pub fn bias_activation(y: &mut Window, bias: &[f32], f: Activation) {
+    bias_activation_rounded(y, bias, f, Rounding::F32);
 }
 
 kernel! {
@@ -203,11 +197,15 @@ kernel! {
 }
 
 kernel! {
-    /// y = f(bf16(y + bf16(bias))).
-    pub fn bias_activation_bf16(y: &mut Window, bias: &[f32], f: Activation) {
+    /// y = f(round(y + round(bias))).
+    pub fn bias_activation_rounded(y: &mut Window, bias: &[f32], f: Activation, to: Rounding) {
         for r in 0..y.rows() {
             let row = y.row(r);
-            row.iter_mut().zip(bias).for_each(|(y, b)| *y = bf16(*y + bf16(*b)));
+            match to {
+                Rounding::F32 => row.iter_mut().zip(bias).for_each(|(y, b)| *y += b),
+                Rounding::F16 => row.iter_mut().zip(bias).for_each(|(y, b)| *y = f16(*y + f16(*b))),
+                Rounding::Bf16 => row.iter_mut().zip(bias).for_each(|(y, b)| *y = bf16(*y + bf16(*b))),
+            }
             activate(row, f);
         }
     }
@@ -260,6 +258,38 @@ kernel! {
     /// y += a x.
     pub fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
         y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
+    }
+}
+
+/// The type that values are rounded to; they stay in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// None.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Rounding {
+    /// One value.
+    #[inline(always)]
+    pub fn of(self, x: f32) -> f32 {
+        match self {
+            Rounding::F32 => x,
+            Rounding::F16 => f16(x),
+            Rounding::Bf16 => bf16(x),
+        }
+    }
+
+    /// y = x, rounded.
+    pub fn all(self, x: &[f32], y: &mut [f32]) {
+        match self {
+            Rounding::F32 => y.copy_from_slice(x),
+            Rounding::F16 => round_to_f16(x, y),
+            Rounding::Bf16 => round_to_bf16(x, y),
+        }
     }
 }
 

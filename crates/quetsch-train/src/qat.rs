@@ -12,7 +12,7 @@ use crate::params::Part;
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
 use quetsch::quant::calibrate::{self, Observer};
-use quetsch::quant::{self, Compute, Scheme};
+use quetsch::quant::{self, Scheme};
 use quetsch::runtime::Arithmetic;
 use quetsch::runtime::linear::Linear;
 use quetsch::runtime::reads::Reads;
@@ -135,15 +135,14 @@ pub(crate) fn is_four_bit(scheme: Scheme) -> bool {
     matches!(scheme, Scheme::Nf4 { .. } | Scheme::Fp4 { .. })
 }
 
-/// The values that a product or a look-up reads: 4-bit weights of a bfloat16 product are rounded once more.
+/// The values that a product or a look-up reads: 4-bit weights are rounded once more, to the type of the product.
 fn decoded(stored: Stored) -> Vec<f32> {
     match stored {
         Stored::Float { data, .. } => data,
         Stored::Int8(q) => q.dequantise(),
         Stored::FourBit(q) => {
-            let bf16 = q.compute == Compute::Bf16;
-            let round = |v| if bf16 { FloatType::Bf16.round(v) } else { v };
-            q.dequantise().into_iter().map(round).collect()
+            let compute = q.compute;
+            q.dequantise().into_iter().map(|v| compute.round(v)).collect()
         }
     }
 }

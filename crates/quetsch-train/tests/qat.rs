@@ -6,7 +6,7 @@ mod common;
 
 use common::{lively, sentences, settings, uneven, worst};
 use quetsch::batch::{Batch, Encoding};
-use quetsch::checkpoint::{Checkpoint, Stored};
+use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
 use quetsch::metrics;
 use quetsch::ops::forward;
 use quetsch::quant::calibrate::{Observer, observe};
@@ -28,14 +28,15 @@ const CE: Objective =
     Objective::CrossEntropy(Hard { loss: Loss::CrossEntropy, label_smoothing: 0.0, class_weights: &[] });
 
 fn nf4(compute: Compute) -> Scheme {
-    Scheme::Nf4 { double_quant: true, compute }
+    Scheme::Nf4 { double_quant: true, compute, source: None }
 }
 
 /// Every scheme on all linears, and several at once with tables, biases and LayerNorms.
 fn all_rules() -> Vec<Vec<(String, Scheme)>> {
     let one = |scheme| vec![("*".to_string(), scheme)];
     let mut all: Vec<_> = Scheme::NAMES.iter().map(|n| one(n.parse().unwrap())).collect();
-    all.extend([one(Scheme::BnbInt8 { threshold: 1.0 }), one(nf4(Compute::F32))]);
+    let from_bf16 = Scheme::Fp4 { double_quant: false, compute: Compute::F16, source: Some(FloatType::Bf16) };
+    all.extend([Scheme::BnbInt8 { threshold: 1.0 }, nf4(Compute::F32), nf4(Compute::F16), from_bf16].map(one));
     let mixed = [
         ("*", Scheme::Bf16),
         ("*", Scheme::Int8),
@@ -210,9 +211,13 @@ fn gradients_are_finite_differences_of_the_surrogate() {
     let (x, truth) = (pooled(&ck, &encodings), labels(5));
     let k = ck.spec.hidden;
     let largest = x.iter().fold(0f32, |m, v| m.max(v.abs()));
-    for scheme in
-        [Scheme::Int8, Scheme::Int8Static, Scheme::BnbInt8 { threshold: 0.5 * largest }, nf4(Compute::Bf16)]
-    {
+    for scheme in [
+        Scheme::Int8,
+        Scheme::Int8Static,
+        Scheme::BnbInt8 { threshold: 0.5 * largest },
+        nf4(Compute::Bf16),
+        nf4(Compute::F16),
+    ] {
         let mut q = qat(&ck, vec![("head.1".into(), scheme)], &encodings);
         q.ranges.insert(Lin::HeadDense, 0.4 * largest);
         let mut params = Params::new(&ck, &[]);
@@ -290,9 +295,7 @@ fn decoded(stored: &Stored) -> Vec<f32> {
     match stored {
         Stored::Float { data, .. } => data.clone(),
         Stored::Int8(q) => q.dequantise(),
-        Stored::FourBit(q) => {
-            q.dequantise().iter().map(|v| quetsch::checkpoint::FloatType::Bf16.round(*v)).collect()
-        }
+        Stored::FourBit(q) => q.dequantise().iter().map(|v| q.compute.round(*v)).collect(),
     }
 }
 
@@ -312,7 +315,7 @@ fn read(stored: &Stored, x: &[f32], k: usize) -> (Vec<f32>, Vec<bool>) {
                 (by_row(&|row| row.iter().map(|v| rounded(*v, absmax(&mut row.iter().copied()))).collect()), none)
             }
             Int8Input::Mixed { threshold } => {
-                let half = |v: f32| quetsch::checkpoint::FloatType::F16.round(v);
+                let half = |v: f32| FloatType::F16.round(v);
                 let one = |row: &[f32]| {
                     let a = absmax(&mut row.iter().map(|v| half(*v)).filter(|v| v.abs() < threshold));
                     let value = |v: &f32| if half(*v).abs() >= threshold { half(*v) } else { rounded(half(*v), a) };
@@ -322,7 +325,8 @@ fn read(stored: &Stored, x: &[f32], k: usize) -> (Vec<f32>, Vec<bool>) {
             }
             Int8Input::Float => (x.to_vec(), none),
         },
-        _ => (x.iter().map(|v| quetsch::checkpoint::FloatType::Bf16.round(*v)).collect(), none),
+        Stored::FourBit(q) => (x.iter().map(|v| q.compute.round(*v)).collect(), none),
+        Stored::Float { .. } => (x.to_vec(), none),
     }
 }
 

@@ -7,6 +7,7 @@
 use crate::error::{Error, Result};
 use crate::quant::{FourBit, Int8Rows};
 use crate::spec::{ModelSpec, Role, Tensor, TensorDef};
+use quetsch_kernels::math::Rounding;
 use std::borrow::Cow;
 use std::collections::HashMap;
 
@@ -23,6 +24,32 @@ pub enum FloatType {
 }
 
 impl FloatType {
+    /// All of them.
+    pub const ALL: [FloatType; 3] = [FloatType::F32, FloatType::F16, FloatType::Bf16];
+
+    /// The name in configs, as torch has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            FloatType::F32 => "float32",
+            FloatType::F16 => "float16",
+            FloatType::Bf16 => "bfloat16",
+        }
+    }
+
+    /// The type of such a name.
+    pub fn named(name: &str) -> Option<FloatType> {
+        FloatType::ALL.into_iter().find(|t| t.name() == name)
+    }
+
+    /// Rounding to this type, as the kernels know it.
+    pub fn rounding(self) -> Rounding {
+        match self {
+            FloatType::F32 => Rounding::F32,
+            FloatType::F16 => Rounding::F16,
+            FloatType::Bf16 => Rounding::Bf16,
+        }
+    }
+
     /// The nearest value of this type.
     pub fn round(self, x: f32) -> f32 {
         match self {

@@ -142,7 +142,7 @@ impl Parser<'_> {
             labels,
             max_length: self.usize("max_length")?.filter(|&n| n > 0),
             sites: self.sites(ours.as_ref())?,
-            compute: self.compute(),
+            compute: self.compute()?,
             threshold: self.threshold()?,
             warnings,
         })
@@ -415,20 +415,26 @@ impl Parser<'_> {
         Ok(sites)
     }
 
-    fn quantization(&self, key: &str) -> Option<&Value> {
-        self.get("quantization_config")?.get(key).filter(|v| !v.is_null())
+    fn quantization(&self, key: &str) -> Result<Option<&Value>> {
+        match self.get("quantization_config") {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(map.get(key).filter(|v| !v.is_null())),
+            Some(v) => self.bad(format!("quantization_config is {}, expected {{\"key\": value, ..}}", short(v))),
+        }
     }
 
     /// bitsandbytes itself defaults to float32.
-    fn compute(&self) -> Compute {
-        match self.quantization("bnb_4bit_compute_dtype").and_then(Value::as_str) {
-            Some("bfloat16") => Compute::Bf16,
-            _ => Compute::F32,
+    fn compute(&self) -> Result<Compute> {
+        let key = "bnb_4bit_compute_dtype";
+        let Some(value) = self.quantization(key)? else { return Ok(Compute::F32) };
+        match value.as_str().and_then(Compute::named) {
+            Some(compute) => Ok(compute),
+            None => self.bad(format!("{key} is {}, expected float32, float16 or bfloat16", short(value))),
         }
     }
 
     fn threshold(&self) -> Result<f32> {
-        match self.quantization("llm_int8_threshold") {
+        match self.quantization("llm_int8_threshold")? {
             None => Ok(int8::THRESHOLD),
             Some(v) => match v.as_f64().filter(|t| t.is_finite() && *t >= 0.0) {
                 Some(t) => Ok(t as f32),
@@ -514,12 +520,8 @@ pub fn render(ck: &Checkpoint) -> Result<Map<String, Value>> {
         // The shortest decimal of the f32, not the f32's digits as f64.
         set(key, json!(spec.norm_eps.to_string().parse::<f64>().unwrap_or(spec.norm_eps as f64)));
     }
-    let dtype = match ck.get(Tensor::Word) {
-        Stored::Float { dtype: FloatType::F16, .. } => "float16",
-        Stored::Float { dtype: FloatType::Bf16, .. } => "bfloat16",
-        _ => "float32",
-    };
-    set("dtype", json!(dtype));
+    let dtype = if let Stored::Float { dtype, .. } = ck.get(Tensor::Word) { *dtype } else { FloatType::F32 };
+    set("dtype", json!(dtype.name()));
     if !ck.labels.is_empty() {
         let names = ck.labels.iter().enumerate();
         set("id2label", names.clone().map(|(i, l)| (i.to_string(), json!(l))).collect::<Map<_, _>>().into());
@@ -577,8 +579,8 @@ fn quantised(ck: &Checkpoint, role: Role) -> BTreeMap<String, Scheme> {
 /// between transformers versions.
 fn quantization_config(ck: &Checkpoint, sites: &BTreeMap<String, Scheme>) -> Result<Value> {
     let four_bit = |s: &Scheme| match *s {
-        Scheme::Nf4 { double_quant, compute } => Some(("nf4", double_quant, compute)),
-        Scheme::Fp4 { double_quant, compute } => Some(("fp4", double_quant, compute)),
+        Scheme::Nf4 { double_quant, compute, .. } => Some(("nf4", double_quant, compute)),
+        Scheme::Fp4 { double_quant, compute, .. } => Some(("fp4", double_quant, compute)),
         _ => None,
     };
     let four: Vec<_> = sites.values().filter_map(four_bit).collect();
@@ -601,7 +603,7 @@ fn quantization_config(ck: &Checkpoint, sites: &BTreeMap<String, Scheme>) -> Res
     Ok(json!({
         "_load_in_4bit": is_four,
         "_load_in_8bit": !is_four,
-        "bnb_4bit_compute_dtype": if compute == Compute::Bf16 { "bfloat16" } else { "float32" },
+        "bnb_4bit_compute_dtype": compute.name(),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": double_quant,

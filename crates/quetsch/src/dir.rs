@@ -182,17 +182,17 @@ impl Source {
         }
     }
 
-    /// The rows of a table, left in the file; nothing if they are stored in a way that has no rows of bytes.
+    /// The rows of a table, left in the file.
     ///
     /// # Errors
-    /// A float that is not finite, or the file cannot be read.
-    pub fn rows(&mut self, tensor: Tensor) -> Result<Option<Rows>> {
+    /// As [`Source::part`].
+    pub fn rows(&mut self, tensor: Tensor) -> Result<Rows> {
         let mut reader = tensor::Reader::new(&self.shards, &self.config, &mut self.used);
         let rows = self.table.get(&tensor).and_then(|def| reader.rows(def));
         self.shards.release();
         match rows {
-            Some(rows) if !rows.is_finite()? => Err(self.broken()),
-            rows => Ok(rows),
+            Some(rows) if rows.is_finite()? => Ok(rows),
+            _ => Err(self.broken()),
         }
     }
 

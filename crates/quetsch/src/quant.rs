@@ -43,6 +43,8 @@ pub enum Scheme {
         double_quant: bool,
         /// What the forward computes in.
         compute: Compute,
+        /// The type the values are rounded to first and decoded to; none: the one that they are stored in.
+        source: Option<FloatType>,
     },
     /// 4-bit float blocks of 64.
     Fp4 {
@@ -50,6 +52,8 @@ pub enum Scheme {
         double_quant: bool,
         /// What the forward computes in.
         compute: Compute,
+        /// The type the values are rounded to first and decoded to; none: the one that they are stored in.
+        source: Option<FloatType>,
     },
 }
 
@@ -73,7 +77,7 @@ impl Scheme {
         }
     }
 
-    /// The scheme that a tensor is stored in.
+    /// The scheme that a tensor is stored in; of 4-bit blocks without their source type.
     pub fn of(stored: &Stored) -> Scheme {
         match stored {
             Stored::Float { dtype: FloatType::F32, .. } => Scheme::F32,
@@ -86,10 +90,10 @@ impl Scheme {
                 Int8Input::Mixed { threshold } => Scheme::BnbInt8 { threshold },
             },
             Stored::FourBit(q) => {
-                let (double_quant, compute) = (matches!(q.absmax, Absmax::Nested { .. }), q.compute);
+                let (double_quant, compute, source) = (matches!(q.absmax, Absmax::Nested { .. }), q.compute, None);
                 match q.kind {
-                    FourBitKind::Nf4 => Scheme::Nf4 { double_quant, compute },
-                    FourBitKind::Fp4 => Scheme::Fp4 { double_quant, compute },
+                    FourBitKind::Nf4 => Scheme::Nf4 { double_quant, compute, source },
+                    FourBitKind::Fp4 => Scheme::Fp4 { double_quant, compute, source },
                 }
             }
         }
@@ -116,15 +120,15 @@ impl FromStr for Scheme {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Scheme> {
-        let (double_quant, compute) = (true, Compute::Bf16);
+        let (double_quant, compute, source) = (true, Compute::Bf16, None);
         Ok(match name {
             "f32" => Scheme::F32,
             "f16" => Scheme::F16,
             "bf16" => Scheme::Bf16,
             "int8" | "int8-dynamic" => Scheme::Int8,
             "bnb-int8" => Scheme::BnbInt8 { threshold: int8::THRESHOLD },
-            "nf4" => Scheme::Nf4 { double_quant, compute },
-            "fp4" => Scheme::Fp4 { double_quant, compute },
+            "nf4" => Scheme::Nf4 { double_quant, compute, source },
+            "fp4" => Scheme::Fp4 { double_quant, compute, source },
             "int8-weight" => Scheme::Int8Weight,
             "int8-static" => Scheme::Int8Static,
             _ => {
@@ -227,11 +231,11 @@ pub fn assign(
         let scheme = schemes.iter().enumerate().rev().find(fits).map(|(_, (_, scheme))| *scheme);
         let scheme = match (def.role, scheme) {
             (Role::Embedding, Some(Scheme::Int8)) => Some(Scheme::Int8Weight),
-            (Role::Embedding, Some(Scheme::Nf4 { double_quant, .. })) => {
-                Some(Scheme::Nf4 { double_quant, compute: Compute::F32 })
+            (Role::Embedding, Some(Scheme::Nf4 { double_quant, source, .. })) => {
+                Some(Scheme::Nf4 { double_quant, compute: Compute::F32, source })
             }
-            (Role::Embedding, Some(Scheme::Fp4 { double_quant, .. })) => {
-                Some(Scheme::Fp4 { double_quant, compute: Compute::F32 })
+            (Role::Embedding, Some(Scheme::Fp4 { double_quant, source, .. })) => {
+                Some(Scheme::Fp4 { double_quant, compute: Compute::F32, source })
             }
             (Role::Embedding, Some(other @ (Scheme::Int8Static | Scheme::BnbInt8 { .. }))) => {
                 let name = &def.name;
@@ -283,12 +287,13 @@ fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme, ranges: &BTreeMap<Lin
             Scheme::of(old)
         )));
     }
-    let source = if let Stored::Float { dtype, .. } = old { *dtype } else { FloatType::F32 };
+    let dtype = if let Stored::Float { dtype, .. } = old { *dtype } else { FloatType::F32 };
     let values = ck.values(def.tensor);
-    let through_f16 = matches!(
-        scheme,
-        Scheme::F16 | Scheme::Int8 | Scheme::Int8Static | Scheme::Int8Weight | Scheme::BnbInt8 { .. }
-    );
+    let through_f16 = match scheme {
+        Scheme::F16 | Scheme::Int8 | Scheme::Int8Static | Scheme::Int8Weight | Scheme::BnbInt8 { .. } => true,
+        Scheme::Nf4 { source, .. } | Scheme::Fp4 { source, .. } => source == Some(FloatType::F16),
+        Scheme::F32 | Scheme::Bf16 => false,
+    };
     if through_f16 && let Some(i) = values.iter().position(|v| !FloatType::F16.round(*v).is_finite()) {
         return Err(Error::invalid(format!(
             "{}: element {i} is {}, too large for {scheme}, which goes through f16 (at most 65504); use bf16",
@@ -305,15 +310,16 @@ fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme, ranges: &BTreeMap<Lin
         return Err(Error::invalid(format!("{}: {scheme} needs calibration sentences", def.name)));
     }
     let columns = def.shape.last().copied().unwrap_or(1);
-    Ok(encode(&values, columns, scheme, source, absmax.unwrap_or(0.0)))
+    Ok(encode(&values, columns, scheme, dtype, absmax.unwrap_or(0.0)))
 }
 
-/// Rows of `columns` values in a scheme. `source` is the type that 4-bit blocks decode to; `absmax` is of the input, for
+/// Rows of `columns` values in a scheme. `dtype` is the type that they are stored in; `absmax` is of the input, for
 /// `int8-static` alone. A value beyond f16 makes an int8 row that decodes to NaN.
-pub fn encode(values: &[f32], columns: usize, scheme: Scheme, source: FloatType, absmax: f32) -> Stored {
+pub fn encode(values: &[f32], columns: usize, scheme: Scheme, dtype: FloatType, absmax: f32) -> Stored {
     let int8 = |input| Stored::Int8(Int8Rows::encode(values, columns, input));
-    let four_bit = |kind, double_quant, compute| {
-        Stored::FourBit(FourBit::encode(values, FourBitOptions { kind, double_quant, source, compute }))
+    let four_bit = |kind, double_quant, compute, source: Option<FloatType>| {
+        let (source, block) = (source.unwrap_or(dtype), four_bit::BLOCK);
+        Stored::FourBit(FourBit::encode(values, FourBitOptions { kind, double_quant, source, compute, block }))
     };
     let dense = |dtype: FloatType| Stored::Float { dtype, data: values.iter().map(|&v| dtype.round(v)).collect() };
     match scheme {
@@ -324,7 +330,7 @@ pub fn encode(values: &[f32], columns: usize, scheme: Scheme, source: FloatType,
         Scheme::Int8Static => int8(Int8Input::Static { absmax }),
         Scheme::Int8Weight => int8(Int8Input::Float),
         Scheme::BnbInt8 { threshold } => int8(Int8Input::Mixed { threshold }),
-        Scheme::Nf4 { double_quant, compute } => four_bit(FourBitKind::Nf4, double_quant, compute),
-        Scheme::Fp4 { double_quant, compute } => four_bit(FourBitKind::Fp4, double_quant, compute),
+        Scheme::Nf4 { double_quant, compute, source } => four_bit(FourBitKind::Nf4, double_quant, compute, source),
+        Scheme::Fp4 { double_quant, compute, source } => four_bit(FourBitKind::Fp4, double_quant, compute, source),
     }
 }

@@ -1,11 +1,13 @@
 //! Byte equality with bitsandbytes 0.50.2 on a CPU. `fixtures/bnb_vectors.safetensors`: single matrices through its
-//! functions; `fixtures/bnb/*`: `fixtures/tiny_student` quantised by transformers 4.57.6.
+//! functions; `fixtures/bnb/*`: `fixtures/tiny_student` quantised by transformers 4.57.6; `fixtures/five/*`:
+//! `fixtures/five/float` quantised by transformers 5.23.0.
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests too
 
 use quetsch::batch::Encoding;
 use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
-use quetsch::dir::{self, ModelDir};
+use quetsch::dir::{self, ModelDir, Source};
+use quetsch::quant::four_bit::BLOCK;
 use quetsch::quant::{Absmax, Compute, FourBit, FourBitKind, FourBitOptions, Int8Input, Int8Rows, Scheme};
 use quetsch::quant::{default_keep, quantise};
 use quetsch::runtime::{Arithmetic, Model};
@@ -42,11 +44,16 @@ const MATRICES: [(&str, usize); 3] = [("odd_5x30", 30), ("outlier_64x64", 64), (
 #[test]
 fn four_bit_matrices() {
     let v = Tensors::read(fixture("bnb_vectors.safetensors"));
-    let kinds = [("nf4", FourBitKind::Nf4), ("fp4", FourBitKind::Fp4)];
-    for ((matrix, _), (name, kind)) in MATRICES.into_iter().flat_map(|m| kinds.map(|k| (m, k))) {
+    for ((matrix, _), (name, kind)) in MATRICES.into_iter().flat_map(|m| KINDS.map(|k| (m, k))) {
         assert_eq!(bits(&kind.map()), bits(&v.f32s(&format!("{name}_code"))), "{name}");
         let w = v.f32s(&format!("{matrix}.w"));
-        let options = |double_quant, source| FourBitOptions { kind, double_quant, source, compute: Compute::F32 };
+        let options = |double_quant, source| FourBitOptions {
+            kind,
+            double_quant,
+            source,
+            compute: Compute::F32,
+            block: BLOCK,
+        };
         let plain = FourBit::encode(&w, options(false, FloatType::F32));
         let at = |part: &str| format!("{matrix}.{name}.{part}");
         assert_eq!(plain.packed, v.bytes(&at("sq.packed")), "{matrix} {name}");
@@ -88,35 +95,153 @@ fn int8_matrices() {
 
 #[test]
 fn whole_files_to_the_byte() {
-    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
-    let cases = [
-        ("int8", Scheme::BnbInt8 { threshold: 6.0 }),
-        ("nf4", Scheme::Nf4 { double_quant: true, compute: Compute::Bf16 }),
-        ("nf4_single", Scheme::Nf4 { double_quant: false, compute: Compute::Bf16 }),
-        ("fp4", Scheme::Fp4 { double_quant: false, compute: Compute::F32 }),
-    ];
-    for (name, scheme) in cases {
-        let keep = default_keep(&source.spec);
-        let checkpoint = quantise(&source, &[("*".to_owned(), scheme)], &keep).unwrap();
-        let temporary = tempfile::tempdir().unwrap();
-        let out = temporary.path().join(name);
-        let model = ModelDir { checkpoint, tokenizer: TokenizerFiles::default() };
-        dir::write(&out, &model, false).unwrap();
-        let theirs = fixture("bnb").join(name);
-        let file = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
-        assert!(file(&out) == file(&theirs), "{name}: bytes differ");
-        let dequantised = Tensors::read(theirs.join("dequantised.safetensors"));
-        for path in [theirs, out] {
-            let read = dir::read_checkpoint(&path).unwrap();
-            for ((def, ours), (_, stored)) in model.checkpoint.tensors().zip(read.tensors()) {
-                assert_eq!(ours, stored, "{name} {}", def.name);
-                if !matches!(stored, Stored::Float { .. }) {
-                    let values = read.values(def.tensor);
-                    assert_eq!(bits(&values), bits(&dequantised.f32s(&def.name)), "{name} {}", def.name);
-                }
+    let nf4 = |double_quant, compute, source| Scheme::Nf4 { double_quant, compute, source };
+    let fp4 = |double_quant, compute, source| Scheme::Fp4 { double_quant, compute, source };
+    let int8 = Scheme::BnbInt8 { threshold: 6.0 };
+    for (name, scheme) in [
+        ("bnb/int8", int8),
+        ("bnb/nf4", nf4(true, Compute::Bf16, None)),
+        ("bnb/nf4_single", nf4(false, Compute::Bf16, None)),
+        ("bnb/fp4", fp4(false, Compute::F32, None)),
+        ("five/int8", int8),
+        ("five/nf4", nf4(true, Compute::Bf16, None)),
+        ("five/fp4", fp4(false, Compute::F32, Some(FloatType::F32))),
+    ] {
+        whole_file(name, &[("*".to_owned(), scheme)]);
+    }
+    // Loaded by transformers in half precision: what stays float is stored so, and 4-bit blocks are made from it.
+    for (name, half) in [("f16", FloatType::F16), ("bf16", FloatType::Bf16)] {
+        let dense = ("*".to_owned(), name.parse().unwrap());
+        let sourced = [nf4(true, half, Some(half)), fp4(false, half, Some(half))];
+        for (kind, scheme) in ["nf4", "fp4"].into_iter().zip(sourced) {
+            whole_file(&format!("five/{kind}_{name}"), &[dense.clone(), ("*".to_owned(), scheme)]);
+        }
+    }
+}
+
+/// What quantising a fixture's float model by these rules writes is the fixture, and both read back as what was written.
+fn whole_file(name: &str, rules: &[(String, Scheme)]) {
+    let theirs = fixture(name);
+    let source = if name.starts_with("five") { "five/float" } else { "tiny_student" };
+    let source = dir::read_checkpoint(fixture(source)).unwrap();
+    let checkpoint = quantise(&source, rules, &default_keep(&source.spec)).unwrap();
+    let temporary = tempfile::tempdir().unwrap();
+    let out = temporary.path().join("model");
+    let model = ModelDir { checkpoint, tokenizer: TokenizerFiles::default() };
+    dir::write(&out, &model, false).unwrap();
+    let file = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+    assert!(file(&out) == file(&theirs), "{name}: bytes differ");
+    // Only of weights that decode to f32.
+    let dequantised = theirs.join("dequantised.safetensors");
+    let dequantised = dequantised.exists().then(|| Tensors::read(dequantised));
+    for path in [theirs, out] {
+        let read = dir::read_checkpoint(&path).unwrap();
+        for ((def, ours), (_, stored)) in model.checkpoint.tensors().zip(read.tensors()) {
+            assert_eq!(ours, stored, "{name} {}", def.name);
+            if let (Some(dequantised), Stored::Int8(_) | Stored::FourBit(_)) = (&dequantised, stored) {
+                let values = read.values(def.tensor);
+                assert_eq!(bits(&values), bits(&dequantised.f32s(&def.name)), "{name} {}", def.name);
             }
         }
     }
+}
+
+const BLOCKS: [usize; 4] = [32, 128, 512, 4096];
+const KINDS: [(&str, FourBitKind); 2] = [("nf4", FourBitKind::Nf4), ("fp4", FourBitKind::Fp4)];
+
+/// The same numbers in blocks of other sizes, by bitsandbytes.
+#[test]
+fn blocks_of_other_sizes() {
+    let v = Tensors::read(fixture("five/blocks.safetensors"));
+    let w: Vec<f32> = (0..66 * 64).map(|i| (i * 7919 % 2003 - 1001) as f32 / 1024.0).collect();
+    for (block, (name, kind)) in BLOCKS.into_iter().flat_map(|b| KINDS.map(|k| (b, k))) {
+        let options = |double_quant| FourBitOptions {
+            kind,
+            double_quant,
+            source: FloatType::F32,
+            compute: Compute::F32,
+            block,
+        };
+        let (plain, nested) = (FourBit::encode(&w, options(false)), FourBit::encode(&w, options(true)));
+        let at = |part: &str| format!("{name}.{block}.{part}");
+        assert_eq!(plain.packed, v.bytes(&at("plain.packed")), "{}", at("plain"));
+        assert_eq!(plain.absmax, Absmax::Plain(v.f32s(&at("plain.absmax"))), "{}", at("plain"));
+        assert_eq!(nested.packed, v.bytes(&at("nested.packed")), "{}", at("nested"));
+        let values: Vec<u16> = nested.dequantise().iter().map(|x| half::f16::from_f32(*x).to_bits()).collect();
+        let Absmax::Nested { codes, nested_absmax, offset, .. } = nested.absmax else { panic!("not nested") };
+        assert_eq!(codes, v.bytes(&at("nested.absmax")), "{}", at("nested"));
+        assert_eq!(bits(&nested_absmax), bits(&v.f32s(&at("nested.nested_absmax"))), "{}", at("nested"));
+        assert_eq!(bits(&[offset]), bits(&v.f32s(&at("nested.offset"))), "{}", at("nested"));
+        if kind == FourBitKind::Nf4 {
+            let want = v.bytes(&at("nested.values"));
+            assert!(values.iter().flat_map(|b| b.to_le_bytes()).eq(want), "{}: decoded", at("nested"));
+        }
+    }
+}
+
+/// Whole files in blocks of every size: read back as written, decoded by the formula, and answering as their decoded
+/// weights do.
+#[test]
+fn files_with_blocks_of_other_sizes() {
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let temporary = tempfile::tempdir().unwrap();
+    let sentence = Encoding { ids: vec![2, 7, 11, 5, 3], types: vec![] };
+    let logits = |model: Model| model.logits(std::slice::from_ref(&sentence), 1).unwrap();
+    for (block, (name, kind)) in BLOCKS.into_iter().flat_map(|b| KINDS.map(|k| (b, k))) {
+        for double_quant in [false, true] {
+            let options =
+                FourBitOptions { kind, double_quant, source: FloatType::F32, compute: Compute::F32, block };
+            let mut checkpoint = source.clone();
+            let weights = source.spec.linears().into_iter().map(|(lin, ..)| Tensor::W(lin));
+            for t in weights.chain([Tensor::Word]) {
+                checkpoint.set(t, Stored::FourBit(FourBit::encode(&source.values(t), options)));
+            }
+            let case = format!("{name}-{block}-{double_quant}");
+            let out = temporary.path().join(&case);
+            let model = ModelDir { checkpoint, tokenizer: TokenizerFiles::default() };
+            dir::write(&out, &model, false).unwrap();
+            let read = dir::read_checkpoint(&out).unwrap();
+            let mut decoded = read.clone();
+            for ((def, ours), (_, stored)) in model.checkpoint.tensors().zip(read.tensors()) {
+                assert_eq!(ours, stored, "{case} {}", def.name);
+                let Stored::FourBit(q) = stored else { continue };
+                let scale = |b: usize| match &q.absmax {
+                    Absmax::Plain(scales) => scales[b],
+                    Absmax::Nested { codes, map, nested_absmax, offset, .. } => {
+                        map[usize::from(codes[b])] * nested_absmax[b / 256] + offset
+                    }
+                };
+                let code = |i: usize| usize::from(q.packed[i / 2] >> (4 - 4 * (i % 2)) & 15);
+                let values: Vec<f32> = (0..q.len).map(|i| kind.map()[code(i)] * scale(i / block)).collect();
+                assert_eq!(bits(&read.values(def.tensor)), bits(&values), "{case} {}", def.name);
+                decoded.set(def.tensor, Stored::f32(values));
+            }
+            let got = logits(Model::load(Source::open(&out).unwrap()).unwrap());
+            let want = logits(Model::pack(&decoded));
+            // f32 products in another order.
+            assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-4), "{case}: {got:?} {want:?}");
+        }
+    }
+}
+
+/// At threshold 0 LLM.int8() has no outlier columns: every column is among the integers, however large.
+#[test]
+fn threshold_0_has_no_outliers() {
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let with = |threshold| {
+        quantise(&source, &[("*".to_owned(), Scheme::BnbInt8 { threshold })], &default_keep(&source.spec)).unwrap()
+    };
+    let sentence = Encoding { ids: vec![2, 7, 11, 5, 3], types: vec![] };
+    let logits = |ck: &Checkpoint| Model::pack(ck).logits(std::slice::from_ref(&sentence), 1).unwrap();
+    let (off, never) = (logits(&with(0.0)), logits(&with(1e30)));
+    assert_eq!(off, never, "nothing is that large");
+    assert_ne!(off, logits(&with(0.5)), "this one has outliers");
+    let temporary = tempfile::tempdir().unwrap();
+    let out = temporary.path().join("off");
+    dir::write(&out, &ModelDir { checkpoint: with(0.0), tokenizer: TokenizerFiles::default() }, false).unwrap();
+    let config = std::fs::read_to_string(out.join("config.json")).unwrap();
+    assert!(config.contains("\"llm_int8_threshold\": 0.0"), "{config}");
+    assert_eq!(logits(&dir::read_checkpoint(&out).unwrap()), off);
 }
 
 #[test]

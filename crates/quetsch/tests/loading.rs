@@ -3,11 +3,11 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests too
 
 use quetsch::batch::Encoding;
-use quetsch::checkpoint::{Checkpoint, Stored};
+use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
 use quetsch::dir::{self, ModelDir, Source};
-use quetsch::quant::quantise;
+use quetsch::quant::{Compute, Scheme, quantise};
 use quetsch::runtime::{Classifier, Model};
-use quetsch::spec::Tensor;
+use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec, Tensor};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,7 @@ fn bits(model: &Model) -> Vec<u32> {
 fn rows_in_the_file_are_the_rows_in_memory() {
     let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
     let temporary = tempfile::tempdir().unwrap();
-    for scheme in ["f32", "f16", "bf16", "int8", "nf4"] {
+    for scheme in ["f32", "f16", "bf16", "int8", "nf4", "fp4"] {
         let mut rules = vec![("*".to_owned(), scheme.parse().unwrap())];
         rules.push(("embeddings.*".to_owned(), scheme.parse().unwrap()));
         let ck = quantise(&source, &rules, &[]).unwrap();
@@ -52,6 +52,40 @@ fn rows_in_the_file_are_the_rows_in_memory() {
     for stock in ["tiny_bert", "families/electra", "families/roberta", "families/distilbert"] {
         let ck = dir::read_checkpoint(fixture(stock)).unwrap();
         assert_eq!(bits(&load(&fixture(stock)).unwrap()), bits(&Model::pack(&ck)), "{stock}");
+    }
+}
+
+/// 4-bit blocks do not end where rows do, nor rows where bytes do.
+#[test]
+fn rows_of_4_bits_in_the_file_are_the_decoded_rows() {
+    let temporary = tempfile::tempdir().unwrap();
+    for (width, nested, source) in
+        [(33, true, None), (33, false, Some(FloatType::F16)), (48, true, Some(FloatType::Bf16)), (7, false, None)]
+    {
+        let spec = ModelSpec {
+            family: Family::Bert,
+            prefix: "bert.".into(),
+            vocab: 61,
+            positions: 16,
+            token_types: 2,
+            hidden: width,
+            head_dim: width,
+            original_heads: 1,
+            layers: vec![LayerShape { heads: vec![0], ffn: 5 }],
+            ffn_activation: Activation::Gelu,
+            norm_eps: 1e-6,
+            head: HeadSpec::Pooler { labels: 3 },
+            unused_pooler: false,
+        };
+        let scheme = Scheme::Nf4 { double_quant: nested, compute: Compute::F32, source };
+        let ck = Checkpoint::random(spec, ["a", "b", "c"].map(String::from).to_vec(), 3).unwrap();
+        let ck = quantise(&ck, &[("embeddings.word_embeddings".into(), scheme)], &[]).unwrap();
+        let out = temporary.path().join(format!("{width}{nested}"));
+        write(&out, &ck);
+        let loaded = load(&out).unwrap();
+        let want = bits(&Model::pack(&ck.to_f32()));
+        assert_eq!(bits(&loaded), want, "{width} {nested}: rows read");
+        assert_eq!(bits(&loaded), want, "{width} {nested}: rows kept");
     }
 }
 
@@ -72,12 +106,15 @@ fn a_file_that_is_replaced_is_still_the_old_one() {
 #[test]
 fn a_file_cut_short_while_it_is_used_is_an_error() {
     let temporary = tempfile::tempdir().unwrap();
-    let out = temporary.path().join("model");
-    write(&out, &dir::read_checkpoint(fixture("tiny_student")).unwrap());
-    let loaded = load(&out).unwrap();
-    fs::OpenOptions::new().write(true).open(out.join(dir::WEIGHTS)).unwrap().set_len(9).unwrap();
-    let error = loaded.logits(&sentences(&loaded), 1).unwrap_err().to_string();
-    assert!(error.contains(dir::WEIGHTS), "{error}");
+    let source = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    for scheme in ["f32", "int8", "nf4"] {
+        let out = temporary.path().join(scheme);
+        write(&out, &quantise(&source, &[("embeddings.*".into(), scheme.parse().unwrap())], &[]).unwrap());
+        let loaded = load(&out).unwrap();
+        fs::OpenOptions::new().write(true).open(out.join(dir::WEIGHTS)).unwrap().set_len(9).unwrap();
+        let error = loaded.logits(&sentences(&loaded), 1).unwrap_err().to_string();
+        assert!(error.contains(dir::WEIGHTS), "{scheme}: {error}");
+    }
 }
 
 /// Whatever is wrong, loading for inference says what reading the checkpoint says.

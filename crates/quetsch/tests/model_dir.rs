@@ -217,7 +217,7 @@ fn with_config(edit: impl FnOnce(&mut Map<String, Value>)) -> quetsch::Result<Ch
 
 #[test]
 fn configs_that_are_refused() {
-    let table: [(&str, Value, &str); 28] = [
+    let table: [(&str, Value, &str); 32] = [
         ("model_type", json!("mpnet"), "supported are: bert, distilbert, roberta"),
         ("model_type", json!("modernbert"), "electra"),
         ("position_embedding_type", json!("relative_key"), "supported is: absolute"),
@@ -243,6 +243,10 @@ fn configs_that_are_refused() {
         ("student_pruned_heads", json!({"0": [-1]}), "expected 0 to 3"),
         ("student_pruned_heads", json!([0]), "student_pruned_heads is"),
         ("pruned_heads", json!({"0": [1]}), "remove different heads"),
+        ("quantization_config", json!("int8"), "quantization_config is \"int8\""),
+        ("quantization_config", json!({"bnb_4bit_compute_dtype": "float8_e4m3fn"}), "float32, float16 or bfloat16"),
+        ("quantization_config", json!({"bnb_4bit_compute_dtype": 16}), "bnb_4bit_compute_dtype is 16"),
+        ("quantization_config", json!({"llm_int8_threshold": -1}), "expected a number >= 0"),
         ("quetsch", json!({"version": 99}), "newer Quetsch"),
         ("quetsch", json!({"version": 1, "layers": [{"heads": [0], "ffn": 48}]}), "lists 1 layers"),
         ("quetsch", json!({"version": 1, "sites": {"head.1": "int3"}}), "site head.1"),

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests too
 
-use quetsch::checkpoint::Stored;
+use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::dir;
 use quetsch::head::{HeadKind, with_head};
 use quetsch::metrics::top_k;
@@ -43,8 +43,12 @@ fn cases(v: &Value) -> (Vec<String>, Vec<Vec<u32>>, Vec<f32>) {
 
 #[test]
 fn float_models_give_the_logits_of_transformers() {
-    for name in ["tiny_student", "tiny_bert"] {
-        let expected = json(&format!("{name}_expected.json"));
+    for (name, expected) in [
+        ("tiny_student", "tiny_student_expected.json"),
+        ("tiny_bert", "tiny_bert_expected.json"),
+        ("five/float", "five/expected.json"),
+    ] {
+        let expected = json(expected);
         let (texts, ids, logits) = cases(&expected);
         let c = Classifier::load(&fixture(name), Some(16)).unwrap();
         let encodings = c.encode(&texts, 2).unwrap();
@@ -60,9 +64,9 @@ fn float_models_give_the_logits_of_transformers() {
     }
 }
 
-const FAMILIES: [&str; 4] = ["distilbert", "roberta", "xlm_roberta", "electra"];
+const FAMILIES: [&str; 6] = ["distilbert", "roberta", "xlm_roberta", "electra", "camembert", "chinese_bert"];
 
-/// One forward for all families: texts and pairs of texts, each with its own kind of tokenizer.
+/// One forward for all families and languages: texts and pairs of texts, each with its own kind of tokenizer.
 #[test]
 fn other_families_give_the_logits_of_transformers() {
     for name in FAMILIES {
@@ -126,6 +130,18 @@ fn other_families_survive_every_stage() {
     }
 }
 
+/// f32 arithmetic on the decoded weights: no rounding of ours or theirs in between.
+fn in_f32(mut ck: Checkpoint) -> Checkpoint {
+    let tensors: Vec<_> = ck.tensors().map(|(d, _)| d.tensor).collect();
+    for t in tensors {
+        if let Stored::FourBit(q) = ck.get(t) {
+            let q = FourBit { compute: Compute::F32, ..q.clone() };
+            ck.set(t, Stored::FourBit(q));
+        }
+    }
+    ck
+}
+
 #[test]
 fn quantised_models_give_the_logits_of_bitsandbytes() {
     // Weights are random, so rounding is not small beside them: f32 logits are 2.4 to 4.4 away, those of int8 0.23. Sums in
@@ -140,20 +156,9 @@ fn quantised_models_give_the_logits_of_bitsandbytes() {
         ("fp4", true, 1e-4),
         ("int8", false, 0.1),
     ] {
-        let mut model = dir::ModelDir {
-            checkpoint: dir::read_checkpoint(fixture(&format!("bnb/{name}"))).unwrap(),
-            tokenizer: student.tokenizer.clone(),
-        };
-        if float {
-            // f32 arithmetic on the decoded weights: no rounding of ours or theirs in between.
-            let defs: Vec<_> = model.checkpoint.tensors().map(|(d, _)| d.tensor).collect();
-            for t in defs {
-                if let Stored::FourBit(q) = model.checkpoint.get(t) {
-                    let q = FourBit { compute: Compute::F32, ..q.clone() };
-                    model.checkpoint.set(t, Stored::FourBit(q));
-                }
-            }
-        }
+        let checkpoint = dir::read_checkpoint(fixture(&format!("bnb/{name}"))).unwrap();
+        let checkpoint = if float { in_f32(checkpoint) } else { checkpoint };
+        let model = dir::ModelDir { checkpoint, tokenizer: student.tokenizer.clone() };
         let c = Classifier::new(&model, Some(16)).unwrap();
         let (texts, rows) = texts(&expected);
         let key = if float { "logits_float" } else { "logits" };
@@ -164,6 +169,36 @@ fn quantised_models_give_the_logits_of_bitsandbytes() {
         assert!(far[far.len() - 1] < tolerance, "{name} {key}: {far:?}");
         assert!(name != "int8" || far[far.len() / 2] < 1e-5, "{name} {key}: {far:?}");
         assert_eq!(got.concat(), c.logits(&texts, 2).unwrap(), "{name}: an answer depends on its neighbours");
+    }
+}
+
+/// As transformers 5 writes and answers them, in every type of products.
+#[test]
+fn quantised_models_give_the_logits_of_transformers_5() {
+    let expected = json("five/expected.json");
+    let tokenizer = dir::read_tokenizer(fixture("five/float")).unwrap();
+    let (texts, rows) = texts(&expected);
+    for (name, tolerance) in [
+        ("fp4", 1e-4),
+        ("nf4", 2e-2),
+        ("nf4_bf16", 2e-2),
+        ("fp4_bf16", 2e-2),
+        ("nf4_f16", 1e-3),
+        ("fp4_f16", 1e-3),
+        ("int8", 0.1),
+    ] {
+        let want: Vec<Vec<f32>> = serde_json::from_value(expected[name].clone()).unwrap();
+        let far = |checkpoint| {
+            let model = dir::ModelDir { checkpoint, tokenizer: tokenizer.clone() };
+            let c = Classifier::new(&model, Some(16)).unwrap();
+            let got = texts.iter().map(|t| c.logits(&[t], 1).unwrap());
+            got.zip(&rows).map(|(got, r)| worst(&got, &want[*r])).fold(0.0, f32::max)
+        };
+        let checkpoint = dir::read_checkpoint(fixture(&format!("five/{name}"))).unwrap();
+        let as_stored = far(checkpoint.clone());
+        assert!(as_stored < tolerance, "{name}: {as_stored}");
+        let in_float = far(in_f32(checkpoint));
+        assert!(!name.ends_with("16") || in_float > 4.0 * as_stored, "{name}: {as_stored}, in f32 {in_float}");
     }
 }
 

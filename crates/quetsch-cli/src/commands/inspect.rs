@@ -26,7 +26,8 @@ pub struct Inspect {
     #[arg(long)]
     revision: Option<String>,
     /// Of a quantised model, the float model that it was made from: how far every tensor lies from it. Without it
-    /// --verbose shows what was recorded when it was quantised. Of a plan, another one: what each removes alone
+    /// --verbose shows what was recorded when it was quantised, outlier columns of inputs, too. Of a plan, another one:
+    /// what each removes alone
     #[arg(long, value_name = "DIR|FILE")]
     against: Option<PathBuf>,
 }
@@ -67,7 +68,32 @@ struct Facts {
     /// Of quantised tensors, from the float ones they were made from.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     distortion: BTreeMap<String, Distortion>,
+    /// Of the calibration sentences, by the linear that reads it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    inputs: BTreeMap<String, Seen>,
     warnings: Vec<String>,
+}
+
+/// What the stage that quantised a model wrote down.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Recorded {
+    distortion: BTreeMap<String, Distortion>,
+    calibration: Calibration,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Calibration {
+    inputs: BTreeMap<String, Seen>,
+}
+
+/// An input of a linear.
+#[derive(Deserialize, Serialize)]
+struct Seen {
+    largest: f64,
+    outlier_columns: usize,
+    columns: usize,
 }
 
 /// Runs `inspect`.
@@ -94,13 +120,19 @@ pub fn run(i: &Inspect, ui: &Ui) -> Result<()> {
     // A weight that is 0 by chance is no sparsity, nor one that rounding to 8 or 4 bits made 0 (up to a tenth of them).
     let by_chance = |l| if Scheme::of(ck.get(Tensor::W(l))).float().is_some() { 0.001 } else { 0.1 };
     let zeros = prune::sparsity(&ck).into_iter().filter(|(l, share)| *share >= by_chance(*l));
+    let recorded = if ui.verbose { recorded(&folder)? } else { None };
+    if ui.verbose && recorded.is_none() && i.against.is_none() && ck.is_quantised() {
+        let folder = folder.display();
+        ui.note(format!("{folder} has no {REPORT} that says what quantising lost: --against PARENT measures it"));
+    }
+    let recorded = recorded.unwrap_or_default();
     let distortion = match &i.against {
         Some(parent) => quant::distortions(&dir::read_checkpoint(hub::model(parent, None, ui)?)?, &ck)?,
-        None if ui.verbose => recorded(&folder)?,
-        None => BTreeMap::new(),
+        None => recorded.distortion,
     };
     let facts = Facts {
         distortion,
+        inputs: recorded.calibration.inputs,
         sparsity: zeros.map(|(l, share)| (quant::site(spec, l), share)).collect(),
         parameters: ck.parameters(),
         bytes: parts.values().map(|p| p.bytes).sum(),
@@ -140,17 +172,11 @@ fn plan(i: &Inspect, ui: &Ui) -> Result<()> {
     }
 }
 
-/// What the stage that quantised a model wrote down.
-fn recorded(dir: &Path) -> Result<BTreeMap<String, Distortion>> {
+/// What stands in a model's report, if it has one.
+fn recorded(dir: &Path) -> Result<Option<Recorded>> {
     let path = dir.join(REPORT);
-    let Ok(text) = std::fs::read(&path) else { return Ok(BTreeMap::new()) };
-    #[derive(Deserialize)]
-    struct Report {
-        #[serde(default)]
-        distortion: BTreeMap<String, Distortion>,
-    }
-    let report: Report = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
-    Ok(report.distortion)
+    let Ok(text) = std::fs::read(&path) else { return Ok(None) };
+    serde_json::from_slice(&text).with_context(|| path.display().to_string())
 }
 
 fn table(header: &[&str], left: &[usize]) -> Table {
@@ -207,6 +233,14 @@ fn human(f: &Facts) -> String {
             distortion.add_row([name.clone(), format!("{:.2e}", d.mean_abs), format!("{:.2e}", d.max_abs), sqnr]);
         }
         text += &format!("\n\n{distortion}");
+    }
+    if !f.inputs.is_empty() {
+        let mut inputs = table(&["input of", "largest", "outlier columns", "of"], &[0]);
+        for (site, seen) in &f.inputs {
+            let (outliers, all) = (seen.outlier_columns.to_string(), seen.columns.to_string());
+            inputs.add_row([site.clone(), format!("{:.2}", seen.largest), outliers, all]);
+        }
+        text += &format!("\n\n{inputs}");
     }
     if !f.sparsity.is_empty() {
         text += "\n\nzeros (they take the same time and space as other weights):";

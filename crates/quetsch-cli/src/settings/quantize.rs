@@ -1,8 +1,9 @@
 //! The settings of quantisation, and of the training that makes up for it.
 
-use super::{Check, Finding, Kd, Precision, Settings, Training};
-use crate::values::SiteRule;
+use super::{Check, Data, Finding, Kd, Precision, Settings, Training};
+use crate::values::{Points, SiteRule};
 use clap::{Args, ValueEnum};
+use quetsch::checkpoint::FloatType;
 use quetsch::quant::Scheme;
 use quetsch::quant::calibrate::Observer;
 use serde::{Deserialize, Serialize};
@@ -88,22 +89,24 @@ impl Recovery {
     }
 }
 
-/// What linears with float or 4-bit weights multiply in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+/// A type of floats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub enum ComputeType {
-    /// bfloat16 inputs, weights and results, f32 sums (bitsandbytes: `bnb_4bit_compute_dtype=bfloat16`).
-    #[default]
+pub enum Float {
+    /// bfloat16.
     Bf16,
-    /// f32 throughout.
+    /// IEEE half precision.
+    F16,
+    /// f32.
     F32,
 }
 
-impl From<ComputeType> for quetsch::quant::Compute {
-    fn from(compute: ComputeType) -> Self {
-        match compute {
-            ComputeType::Bf16 => Self::Bf16,
-            ComputeType::F32 => Self::F32,
+impl From<Float> for FloatType {
+    fn from(float: Float) -> Self {
+        match float {
+            Float::Bf16 => Self::Bf16,
+            Float::F16 => Self::F16,
+            Float::F32 => Self::F32,
         }
     }
 }
@@ -130,6 +133,8 @@ impl From<ComputeIn> for quetsch::runtime::Arithmetic {
     }
 }
 
+const BNB_INT8: &str = "bnb-int8";
+
 /// `[stage.quantize]`: store linears in fewer bits.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Args)]
 #[serde(default, rename_all = "kebab-case")]
@@ -151,9 +156,17 @@ pub struct Quantize {
     /// 4-bit: store block scales as f32 instead of quantising them too
     #[arg(long)]
     pub no_double_quant: bool,
-    /// 4-bit: what to multiply in
-    #[arg(long, value_enum, default_value_t = ComputeType::Bf16)]
-    pub compute: ComputeType,
+    /// 4-bit: what to multiply in; inputs, weights and results are rounded to it, sums are f32
+    #[arg(long, value_enum, default_value_t = Quantize::default().compute)]
+    pub compute: Float,
+    /// 4-bit: the type that weights are rounded to first and decoded to [default: the one that the model stores]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_dtype: Option<Float>,
+    /// bnb-int8: columns of an input with an element of this magnitude stay in float; 0 turns that off [default: 6]
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outlier_threshold: Option<f32>,
     /// Training sentences that int8-static looks at, spread over labels and lengths
     #[arg(long, value_name = "N", default_value_t = Quantize::default().calibration)]
     pub calibration: usize,
@@ -165,7 +178,7 @@ pub struct Quantize {
     pub equalise: bool,
     /// `keep = auto`: points of accuracy on validation data that quantising may cost
     #[arg(long, value_name = "POINTS", default_value_t = Quantize::default().budget)]
-    pub budget: f64,
+    pub budget: Points,
     /// What quantisation-aware training learns from: a teacher, or the float model itself
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -186,9 +199,10 @@ impl Quantize {
         self.training.epochs > 0
     }
 
-    /// Whether it looks at training data.
-    pub fn needs_data(&self) -> bool {
-        self.trains() || self.calibrates() || self.measures_sites()
+    /// Whether it looks at training data: because it must, or to count the outlier columns where `data` are given.
+    pub fn reads(&self, data: &Data) -> bool {
+        let counts = self.names(BNB_INT8) && data.train.is_some();
+        self.trains() || self.calibrates() || self.measures_sites() || counts
     }
 
     /// Whether it measures how much each layer minds.
@@ -197,8 +211,12 @@ impl Quantize {
     }
 
     fn calibrates(&self) -> bool {
-        let is_static = |name: &str| name == Scheme::Int8Static.name();
-        self.equalise || is_static(&self.quant) || self.site.iter().any(|rule| is_static(&rule.scheme))
+        self.equalise || self.names(Scheme::Int8Static.name())
+    }
+
+    /// Whether some sites are to have a scheme.
+    fn names(&self, scheme: &str) -> bool {
+        self.quant == scheme || self.site.iter().any(|rule| rule.scheme == scheme)
     }
 }
 
@@ -210,11 +228,13 @@ impl Default for Quantize {
             keep: vec![],
             site: vec![],
             no_double_quant: false,
-            compute: ComputeType::Bf16,
+            compute: Float::Bf16,
+            source_dtype: None,
+            outlier_threshold: None,
             calibration: 512,
             observer: Observer::default().to_string(),
             equalise: false,
-            budget: 0.1,
+            budget: Points(0.1),
             teacher: None,
             training: Recovery::default(),
             kd: Kd::default(),
@@ -238,7 +258,18 @@ impl Settings for Quantize {
         c.error(self.calibration > 0, "calibration", || "is 0, must be at least 1".into());
         let enough = !self.calibrates() || (512..=2000).contains(&self.calibration);
         c.warn(enough, "calibration", || format!("is {}, usual are 512 to 2000", self.calibration));
-        c.range("budget", self.budget, 0.0, 100.0);
+        c.range("budget", self.budget.0, 0.0, 100.0);
+        let four_bit = self.names("nf4") || self.names("fp4");
+        c.error(self.source_dtype.is_none() || four_bit, "source-dtype", || {
+            "is there, but no site is nf4 or fp4".into()
+        });
+        c.error(self.outlier_threshold.is_none() || self.names(BNB_INT8), "outlier-threshold", || {
+            "is there, but no site is bnb-int8".into()
+        });
+        let threshold = self.outlier_threshold.unwrap_or_default();
+        c.error(threshold.is_finite() && threshold >= 0.0, "outlier-threshold", || {
+            format!("is {threshold}, must be 0 (off) or a larger number")
+        });
         c.error(self.trains() || self.teacher.is_none(), "teacher", || {
             "is there, but nothing learns from it: set `epochs` above 0".into()
         });

@@ -38,6 +38,13 @@ fn defaults_are_clean_and_ranges_are_checked() {
 }
 
 #[test]
+fn points_are_written_with_and_without_their_unit() {
+    for text in ["budget = 0.25", "budget = \"0.25pt\""] {
+        assert_eq!(toml::from_str::<Quantize>(text).expect(text).budget, crate::values::Points(0.25));
+    }
+}
+
+#[test]
 fn flags_and_keys_have_the_same_defaults() {
     fn same<T: Settings + PartialEq + std::fmt::Debug + clap::FromArgMatches>() {
         let command = T::augment_args(clap::Command::new("x").no_binary_name(true));

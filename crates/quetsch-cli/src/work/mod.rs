@@ -108,7 +108,7 @@ impl Job<'_> {
         }
         let reads = match self.kind {
             Kind::Train(_) | Kind::Distill(_) | Kind::Prune(_) => true,
-            Kind::Quantize(s) => s.needs_data(),
+            Kind::Quantize(s) => s.reads(self.data),
             _ => false,
         };
         if let Some(file) = self.data.train.as_ref().filter(|_| reads) {

@@ -15,7 +15,7 @@ use quetsch::data::Examples;
 use quetsch::dir::ModelDir;
 use quetsch::metrics;
 use quetsch::quant::calibrate::{self, Seen};
-use quetsch::quant::{self, Scheme};
+use quetsch::quant::{self, Scheme, int8};
 use quetsch::runtime::Model;
 use quetsch::spec::{Lin, ModelSpec, Role, Tensor};
 use quetsch::task::{Level, Problem};
@@ -36,12 +36,15 @@ pub fn kept(s: &Quantize, spec: &ModelSpec) -> Vec<String> {
 
 /// The schemes by site pattern, in the order in which they hold.
 pub fn rules(s: &Quantize) -> Result<Vec<(String, Scheme)>> {
-    let compute = s.compute.into();
+    let (compute, source) = (s.compute.into(), s.source_dtype.map(Into::into));
     let double_quant = !s.no_double_quant;
     let scheme = |name: &str| -> Result<Scheme> {
         Ok(match name.parse()? {
-            Scheme::Nf4 { .. } => Scheme::Nf4 { double_quant, compute },
-            Scheme::Fp4 { .. } => Scheme::Fp4 { double_quant, compute },
+            Scheme::Nf4 { .. } => Scheme::Nf4 { double_quant, compute, source },
+            Scheme::Fp4 { .. } => Scheme::Fp4 { double_quant, compute, source },
+            Scheme::BnbInt8 { threshold } => {
+                Scheme::BnbInt8 { threshold: s.outlier_threshold.unwrap_or(threshold) }
+            }
             other => other,
         })
     };
@@ -61,7 +64,7 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
     let mut keep = kept(s, &source.spec);
     let mut ranges = BTreeMap::new();
     let mut trained = None;
-    if s.needs_data() {
+    if s.reads(job.data) {
         let corpus = corpus::training(job.data, (&source).into(), job.seed, ui)?;
         let length = fit::length(&source, 256);
         let encoded = fit::encode(&corpus, &model.tokenizer, length, job.threads)?;
@@ -76,9 +79,10 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
         }
         let observer = s.observer.parse()?;
         ranges = seen.iter().map(|(lin, seen)| (*lin, seen.absmax(observer))).collect();
+        let threshold = s.outlier_threshold.unwrap_or(int8::THRESHOLD);
         let site = |(lin, seen): (&Lin, &Seen)| {
             let facts = json!({
-                "absmax": ranges[lin], "largest": seen.max(), "outlier_columns": seen.outliers(6.0), "columns": seen.channels.len(),
+                "absmax": ranges[lin], "largest": seen.max(), "outlier_columns": seen.outliers(threshold), "columns": seen.channels.len(),
             });
             (quant::site(&source.spec, *lin), facts)
         };
@@ -94,7 +98,7 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
             }
             let trial =
                 Trial { job, source: &source, rules: &rules, ranges: &ranges, validation: &encoded.validation };
-            let found = trial.sensitivity(&keep, s.budget, ui)?;
+            let found = trial.sensitivity(&keep, s.budget.0, ui)?;
             keep.extend(found.kept.iter().cloned());
             report.insert("sensitivity".into(), serde_json::to_value(&found)?);
         }

@@ -5,7 +5,9 @@
 
 use crate::checkpoint::FloatType;
 use crate::error::{Error, Result};
+use crate::quant::FourBit;
 use std::fs::File;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
@@ -18,15 +20,20 @@ pub enum RowType {
         /// Row absmax.
         scb: Vec<f32>,
     },
+    /// 4-bit blocks, which do not end where rows do: all of them but the codes.
+    FourBit(FourBit),
 }
 
 impl RowType {
-    fn bytes(&self) -> usize {
-        match self {
+    /// The bytes of the table that hold some of its elements.
+    fn bytes_of(&self, elements: Range<usize>) -> Range<usize> {
+        let size = match self {
             RowType::Float(FloatType::F32) => 4,
             RowType::Float(_) => 2,
             RowType::Int8 { .. } => 1,
-        }
+            RowType::FourBit(_) => return FourBit::bytes_of(elements),
+        };
+        size * elements.start..size * elements.end
     }
 }
 
@@ -57,7 +64,7 @@ impl Rows {
         width: usize,
         kind: RowType,
     ) -> Rows {
-        let slots = (KEPT_BYTES / (width * kind.bytes()).max(1)).clamp(1, rows.max(1));
+        let slots = (KEPT_BYTES / kind.bytes_of(0..width).len().max(1)).clamp(1, rows.max(1));
         let kept = (0..slots).map(|_| OnceLock::new()).collect();
         Rows { file, path, start, rows, width, kind, kept }
     }
@@ -69,7 +76,11 @@ impl Rows {
 
     /// Bytes of memory that the table takes now.
     pub fn memory_bytes(&self) -> usize {
-        let scales = if let RowType::Int8 { scb } = &self.kind { 4 * scb.len() } else { 0 };
+        let scales = match &self.kind {
+            RowType::Float(_) => 0,
+            RowType::Int8 { scb } => 4 * scb.len(),
+            RowType::FourBit(q) => q.bytes(),
+        };
         let rows: usize = self.kept.iter().filter_map(|slot| slot.get()).map(|(_, row)| row.len()).sum();
         scales + rows + std::mem::size_of_val(&self.kept[..])
     }
@@ -79,14 +90,12 @@ impl Rows {
     /// # Errors
     /// The file cannot be read.
     pub fn gather(&self, ids: &[u32], out: &mut [f32]) -> Result<()> {
-        let bytes = self.width * self.kind.bytes();
         for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.width)) {
             let slot = &self.kept[id as usize % self.kept.len()];
             match slot.get() {
                 Some((kept, row)) if *kept == id => self.decode(id, row, out),
                 taken => {
-                    let mut row = vec![0; bytes].into_boxed_slice();
-                    self.read(id as usize * bytes, &mut row)?;
+                    let row = self.read(self.elements(id))?.into_boxed_slice();
                     self.decode(id, &row, out);
                     if taken.is_none() {
                         let _ = slot.set((id, row)); // another thread may have been first
@@ -97,8 +106,16 @@ impl Rows {
         Ok(())
     }
 
-    fn read(&self, offset: usize, buffer: &mut [u8]) -> Result<()> {
-        read_exact_at(&self.file, buffer, self.start + offset as u64).map_err(Error::io(&self.path))
+    fn elements(&self, id: u32) -> Range<usize> {
+        id as usize * self.width..(id as usize + 1) * self.width
+    }
+
+    /// The bytes of some elements.
+    fn read(&self, elements: Range<usize>) -> Result<Vec<u8>> {
+        let bytes = self.kind.bytes_of(elements);
+        let mut buffer = vec![0; bytes.len()];
+        read_exact_at(&self.file, &mut buffer, self.start + bytes.start as u64).map_err(Error::io(&self.path))?;
+        Ok(buffer)
     }
 
     fn decode(&self, id: u32, row: &[u8], out: &mut [f32]) {
@@ -108,6 +125,9 @@ impl Rows {
                 row.iter().zip(out).for_each(|(q, o)| *o = f32::from(*q as i8) * scale / 127.0);
             }
             RowType::Float(dtype) => dtype.decode(row, out),
+            RowType::FourBit(q) => {
+                q.values(row, self.elements(id)).zip(out).for_each(|(v, o)| *o = v);
+            }
         }
     }
 
@@ -115,12 +135,10 @@ impl Rows {
     pub(super) fn is_finite(&self) -> Result<bool> {
         let RowType::Float(dtype) = &self.kind else { return Ok(true) }; // scales are checked where they are read
         const BLOCK: usize = 1 << 14; // elements
-        let (size, all) = (self.kind.bytes(), self.rows * self.width);
-        let (mut bytes, mut floats) = (vec![0; BLOCK * size], vec![0.0; BLOCK]);
+        let (all, mut floats) = (self.rows * self.width, vec![0.0; BLOCK]);
         for first in (0..all).step_by(BLOCK) {
             let n = BLOCK.min(all - first);
-            self.read(first * size, &mut bytes[..n * size])?;
-            dtype.decode(&bytes[..n * size], &mut floats[..n]);
+            dtype.decode(&self.read(first..first + n)?, &mut floats[..n]);
             // Without a way out of the middle of a block, so that it vectorises.
             if !floats[..n].iter().fold(true, |all, x| all & x.is_finite()) {
                 return Ok(false);

@@ -47,7 +47,7 @@ impl<'a> Reader<'a> {
         read.map_err(|problem| self.problems.push(problem)).ok()
     }
 
-    /// A table whose rows stay in the file; nothing for a type that is not stored in rows of bytes (4-bit).
+    /// A table whose rows stay in the file; nothing if something is wrong with it.
     pub fn rows(&mut self, def: &TensorDef) -> Option<Rows> {
         let entry = self.take(&def.name)?;
         let kind = match entry.dtype {
@@ -55,6 +55,7 @@ impl<'a> Reader<'a> {
             Dtype::F16 => RowType::Float(FloatType::F16),
             Dtype::BF16 => RowType::Float(FloatType::Bf16),
             Dtype::I8 => RowType::Int8 { scb: self.int8_scales(def, entry).ok()?.0 },
+            Dtype::U8 => RowType::FourBit(self.four_bit_scales(def, entry).ok()?),
             _ => return None,
         };
         if matches!(kind, RowType::Float(_)) {
@@ -129,6 +130,12 @@ impl<'a> Reader<'a> {
     }
 
     fn four_bit(&mut self, def: &TensorDef, entry: &Entry) -> Read<FourBit> {
+        let blocks = self.four_bit_scales(def, entry)?;
+        Ok(FourBit { packed: self.shards.bytes(entry).to_vec(), ..blocks })
+    }
+
+    /// What stands beside the codes.
+    fn four_bit_scales(&mut self, def: &TensorDef, entry: &Entry) -> Read<FourBit> {
         let name = &def.name;
         // Taken up front, so that one wrong entry does not make extras of its neighbours.
         let scales = self.take(&format!("{name}.absmax"));
@@ -154,13 +161,13 @@ impl<'a> Reader<'a> {
         if state.blocksize == 0 || state.blocksize > 1 << 16 {
             return wrong("blocksize", &state.blocksize, &64);
         }
-        let Some(source) = FLOAT_NAMES.into_iter().find(|(_, n)| *n == state.dtype).map(|(t, _)| t) else {
-            return wrong("dtype", &state.dtype, &FLOAT_NAMES.map(|(_, n)| n));
+        let Some(source) = FloatType::named(&state.dtype) else {
+            return wrong("dtype", &state.dtype, &FloatType::ALL.map(FloatType::name));
         };
         let len = def.len();
-        let packed = self.shards.bytes(entry);
-        if packed.len() != len.div_ceil(2) {
-            return Err(format!("{name}: {} packed bytes, expected {}", packed.len(), len.div_ceil(2)));
+        let packed = self.shards.bytes(entry).len();
+        if packed != len.div_ceil(2) {
+            return Err(format!("{name}: {packed} packed bytes, expected {}", len.div_ceil(2)));
         }
         let blocks = len.div_ceil(state.blocksize);
         let Some(scales) = scales else { return Err(format!("missing {name}.absmax [{blocks}]")) };
@@ -194,8 +201,7 @@ impl<'a> Reader<'a> {
             Role::Embedding => Compute::F32,
             _ => self.config.compute,
         };
-        let (packed, block) = (packed.to_vec(), state.blocksize);
-        Ok(FourBit { kind, map: map?, packed, len, block, absmax, source, compute })
+        Ok(FourBit { kind, map: map?, packed: vec![], len, block: state.blocksize, absmax, source, compute })
     }
 
     /// A helper entry that must be f32 and finite.
@@ -258,10 +264,6 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
 }
 
-/// The float types as torch names them.
-const FLOAT_NAMES: [(FloatType, &str); 3] =
-    [(FloatType::F32, "float32"), (FloatType::F16, "float16"), (FloatType::Bf16, "bfloat16")];
-
 fn kind_name(kind: FourBitKind) -> &'static str {
     match kind {
         FourBitKind::Nf4 => "nf4",
@@ -288,11 +290,11 @@ struct QuantState {
 
 /// The same JSON as Python's `json.dumps` writes it, to the byte.
 fn quant_state(q: &FourBit, shape: &[usize]) -> String {
-    let dtype = FLOAT_NAMES.into_iter().find(|(t, _)| *t == q.source).map_or("float32", |(_, n)| n);
     let head = format!(
-        "{{\"quant_type\": \"{}\", \"blocksize\": {}, \"dtype\": \"{dtype}\", \"shape\": {shape:?}",
+        "{{\"quant_type\": \"{}\", \"blocksize\": {}, \"dtype\": \"{}\", \"shape\": {shape:?}",
         kind_name(q.kind),
-        q.block
+        q.block,
+        q.source.name()
     );
     match &q.absmax {
         Absmax::Plain(_) => head + "}",

@@ -111,9 +111,9 @@ impl Seen {
         self.channels.iter().fold(0.0, |m, c| m.max(*c))
     }
 
-    /// Channels that reach a threshold: the outlier columns of LLM.int8().
+    /// Channels that reach a threshold: the outlier columns of LLM.int8(), which has none at 0.
     pub fn outliers(&self, threshold: f32) -> usize {
-        self.channels.iter().filter(|c| **c >= threshold).count()
+        self.channels.iter().filter(|c| threshold > 0.0 && **c >= threshold).count()
     }
 
     /// The absmax to quantise with: what is larger is clipped.

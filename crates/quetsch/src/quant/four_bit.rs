@@ -2,6 +2,7 @@
 //! quantisation of the block scales.
 
 use crate::checkpoint::FloatType;
+use std::ops::Range;
 use std::sync::LazyLock;
 
 /// Elements per block.
@@ -39,14 +40,9 @@ impl FourBitKind {
     }
 }
 
-/// What a linear with 4-bit or float weights multiplies in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compute {
-    /// Input, weight and result rounded to bfloat16, f32 accumulation.
-    Bf16,
-    /// f32 throughout.
-    F32,
-}
+/// What a linear with 4-bit or float weights multiplies in: input, weight, bias and result are rounded to this type,
+/// products are summed in f32.
+pub type Compute = FloatType;
 
 /// Block scales.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,7 +71,7 @@ pub struct FourBit {
     pub kind: FourBitKind,
     /// The 16 codebook values as the file holds them.
     pub map: Vec<f32>,
-    /// Two elements a byte, the first in the high nibble.
+    /// Two elements a byte, the first in the high nibble; empty where they stay in the file (see [`crate::dir::Rows`]).
     pub packed: Vec<u8>,
     /// Number of elements.
     pub len: usize,
@@ -126,13 +122,18 @@ static DYNAMIC_CODES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..=u16::MAX).map(nearest).collect()
 });
 
-/// `torch.sum` of a contiguous f32 vector on a CPU, to the bit: 8 lanes of four interleaved rows, each row a cascade of
-/// partial sums. The mean is in the file, so the order of additions is part of the format. (Above 32,768 scales torch
-/// splits the sum between threads, and its own last bit depends on their number.)
+/// `torch.sum` of a contiguous f32 vector on a CPU, to the bit: from 8 numbers on, 8 lanes of four interleaved rows, each
+/// row a cascade of partial sums. The mean is in the file, so the order of additions is part of the format. (Above 32,768
+/// scales torch splits the sum between threads, and its own last bit depends on their number.)
 fn torch_sum(x: &[f32]) -> f32 {
     const LANES: usize = 8;
     const ROWS: usize = 4;
     const LEVELS: usize = 4;
+    if x.len() < LANES {
+        // Too few for lanes: four sums of single numbers, of which the first takes what is left over.
+        let order = (0..1).chain(ROWS..x.len()).chain(1..ROWS);
+        return order.filter_map(|i| x.get(i)).sum();
+    }
     let (vectors, tail) = x.as_chunks::<LANES>();
     let (steps, rest) = vectors.as_chunks::<ROWS>();
     let add = |a: &mut [f32; LANES], b: &[f32; LANES]| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
@@ -217,13 +218,15 @@ pub struct FourBitOptions {
     pub source: FloatType,
     /// What the forward computes in.
     pub compute: Compute,
+    /// Elements per block: [`BLOCK`], if nothing speaks for another.
+    pub block: usize,
 }
 
 impl FourBit {
-    /// Per block of 64: absmax, s = clamp(w * (1 / absmax), -1, 1), then the number of midpoints between neighbouring
+    /// Per block: absmax, s = clamp(w * (1 / absmax), -1, 1), then the number of midpoints between neighbouring
     /// codebook values that are below s (a tie goes down).
     pub fn encode(w: &[f32], options: FourBitOptions) -> FourBit {
-        let FourBitOptions { kind, double_quant, source, compute } = options;
+        let FourBitOptions { kind, double_quant, source, compute, block } = options;
         let map = kind.map();
         let mut sorted: Vec<u8> = (0..16).collect();
         // Stable, so that of FP4's two zeros the first is the lower one.
@@ -231,12 +234,12 @@ impl FourBit {
         let value = |rank: usize| map[sorted[rank] as usize];
         let midpoints: Vec<f32> = (0..15).map(|i| (value(i) + value(i + 1)) / 2.0).collect();
         let (mut codes, mut scales) = (Vec::with_capacity(w.len() + 1), vec![]);
-        for block in w.chunks(BLOCK) {
-            let block: Vec<f32> = block.iter().map(|&w| source.round(w)).collect();
-            let absmax = block.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+        for values in w.chunks(block) {
+            let values: Vec<f32> = values.iter().map(|&w| source.round(w)).collect();
+            let absmax = values.iter().fold(0.0f32, |m, w| m.max(w.abs()));
             let inverse = 1.0 / absmax.max(1e-38);
             let rank = |w: &f32| midpoints.partition_point(|m| *m < (w * inverse).clamp(-1.0, 1.0));
-            codes.extend(block.iter().map(|w| sorted[rank(w)]));
+            codes.extend(values.iter().map(|w| sorted[rank(w)]));
             scales.push(absmax);
         }
         if !codes.len().is_multiple_of(2) {
@@ -244,7 +247,7 @@ impl FourBit {
         }
         let packed = codes.as_chunks::<2>().0.iter().map(|[high, low]| high << 4 | low).collect();
         let absmax = if double_quant { Absmax::nested(&scales) } else { Absmax::Plain(scales) };
-        FourBit { kind, map: map.to_vec(), packed, len: w.len(), block: BLOCK, absmax, source, compute }
+        FourBit { kind, map: map.to_vec(), packed, len: w.len(), block, absmax, source, compute }
     }
 
     /// Bytes of codes and scales.
@@ -255,7 +258,7 @@ impl FourBit {
     /// `code[nibble] * absmax` in f32, rounded to the source type. `[len]`
     pub fn dequantise(&self) -> Vec<f32> {
         if !self.block.is_multiple_of(2) {
-            return self.values(0..self.len).collect();
+            return self.values(&self.packed, 0..self.len).collect();
         }
         let mut out = Vec::with_capacity(self.len + 1);
         for (block, bytes) in self.packed.chunks(self.block / 2).enumerate() {
@@ -267,14 +270,20 @@ impl FourBit {
         out
     }
 
-    /// As [`FourBit::dequantise`], some of the elements.
-    pub fn values(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = f32> {
-        let value = |i: usize| {
-            let byte = self.packed[i / 2];
+    /// The bytes of `packed` that hold some of the elements.
+    pub fn bytes_of(elements: Range<usize>) -> Range<usize> {
+        elements.start / 2..elements.end.div_ceil(2)
+    }
+
+    /// As [`FourBit::dequantise`], some of the elements, from [the bytes that hold them](FourBit::bytes_of).
+    pub fn values(&self, bytes: &[u8], elements: Range<usize>) -> impl Iterator<Item = f32> {
+        let first = elements.start / 2;
+        let value = move |i: usize| {
+            let byte = bytes[i / 2 - first];
             let code = if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
             self.source.round(self.map[code as usize] * self.absmax.scale(i / self.block))
         };
-        range.map(value)
+        elements.map(value)
     }
 }
 

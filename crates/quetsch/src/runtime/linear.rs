@@ -2,13 +2,14 @@
 
 use super::outliers::take_outliers;
 use super::{Workspace, split};
-use crate::checkpoint::{Checkpoint, FloatType, Stored};
+use crate::checkpoint::{Checkpoint, Stored};
 use crate::quant::four_bit::{Absmax, Compute, FourBit};
 use crate::quant::int8::{Int8Input, Int8Rows};
 use crate::spec::{Activation, Lin, Tensor};
 use quetsch_kernels::gemm::{Size, Write, matmul};
 use quetsch_kernels::int8::{self, Range};
 use quetsch_kernels::isa::{Isa, bf16_is_fast, isa};
+use quetsch_kernels::math::Rounding;
 use quetsch_kernels::panels::{Left, Precision, Source};
 use quetsch_kernels::peak::Arithmetic;
 use quetsch_kernels::team::Team;
@@ -175,7 +176,7 @@ impl Linear {
                     team.each(pieces, |(first, mut out)| {
                         let (w, all) = (&w[p.panels_len(k, first)..], 0..out.width());
                         panels::multiply_into(p, read.left(x.values, k), w, k, out.part(0..rows, all), Write::Set);
-                        math::bias_activation_bf16(&mut out, &bias[first..], f);
+                        math::bias_activation_rounded(&mut out, &bias[first..], f, Rounding::Bf16);
                     });
                     read.free(ws);
                 }
@@ -280,19 +281,16 @@ fn in_float(sites: &[Sited], k: usize, n: usize, floats: Arithmetic) -> Weight {
     let p = precision(compute);
     let mut out = vec![0; p.panels_len(k, n)];
     panels::pack_panels_across(p, |c| rows[c], k, n, &mut out);
-    match compute {
-        Compute::F32 => Weight::Panels(out),
-        Compute::Bf16 => Weight::Bf16(out),
-    }
+    if compute == Compute::Bf16 { Weight::Bf16(out) } else { Weight::Panels(out) }
 }
 
 /// 4-bit weights in the order in which they are decoded.
 fn four_bit_panels(q: &FourBit, n: usize, k: usize) -> Weight {
-    let bf16 = q.compute == Compute::Bf16 || q.source == FloatType::Bf16;
     let map = std::array::from_fn(|i| q.map[i]);
+    let rounded = [q.source, q.compute].map(Compute::rounding);
     Weight::FourBit {
         panels: four_bit::Panels::new(&q.packed, n, k),
-        values: four_bit::Values { map, block: q.block, f16: q.source == FloatType::F16, bf16 },
+        values: four_bit::Values { map, block: q.block, rounded },
         absmax: q.absmax.clone(),
         compute: q.compute,
     }
@@ -311,7 +309,7 @@ fn integers(team: &Team, x: int8::Rows, w: &int8::Matrix, bias: &[f32], f: Activ
 enum AsRead {
     /// As it is.
     Plain,
-    /// f32 rounded to bf16; the buffer may be longer.
+    /// f32 rounded to the type of the product; the buffer may be longer.
     Rounded(Vec<f32>),
     /// Packed as bf16; the buffer may be longer.
     Packed(Vec<u32>),
@@ -326,12 +324,12 @@ impl AsRead {
                 panels::pack_rows(p, Source { data: values, stride: k }, rows, k, &mut packed);
                 AsRead::Packed(packed)
             }
-            (Precision::F32, Compute::Bf16) => {
+            (Precision::F32, Compute::F32) => AsRead::Plain,
+            (Precision::F32, _) => {
                 let mut rounded = ws.floats(rows * k);
-                math::round_to_bf16(&values[..rows * k], &mut rounded[..rows * k]);
+                compute.rounding().all(&values[..rows * k], &mut rounded[..rows * k]);
                 AsRead::Rounded(rounded)
             }
-            (Precision::F32, Compute::F32) => AsRead::Plain,
         }
     }
 
@@ -361,8 +359,8 @@ fn precision(compute: Compute) -> Precision {
 const TILE: usize = 48;
 
 /// 4-bit weights: [`TILE`] columns of the result, which stay in the second-level cache, are decoded into panels and
-/// multiplied at a time. With [`Compute::Bf16`] input, weights, bias and result are rounded to bfloat16 and products are
-/// summed in f32, as PyTorch's bf16 linear on dequantised weights does; the products of rounded f32 are the same numbers.
+/// multiplied at a time. Input, weights, bias and result are rounded to the type of the product and products are summed in
+/// f32, as PyTorch's bf16 and f16 linears on dequantised weights do; the products of rounded f32 are the same numbers.
 #[allow(clippy::too_many_arguments)]
 fn four_bits(
     values: &[f32],
@@ -387,10 +385,7 @@ fn four_bits(
             let out = out.part(0..m, c..c + width);
             panels::multiply_into(p, left, right, k, out, Write::Set);
         }
-        match compute {
-            Compute::Bf16 => math::bias_activation_bf16(&mut out, &bias[start..], f),
-            Compute::F32 => math::bias_activation(&mut out, &bias[start..], f),
-        }
+        math::bias_activation_rounded(&mut out, &bias[start..], f, compute.rounding());
     });
     read.free(ws);
     ws.words.extend(decoded_panels);
@@ -448,7 +443,7 @@ mod tests {
         let mut got = vec![0.0; x.len()];
         math::round_to_f16(&x, &mut got);
         for (x, got) in x.iter().zip(got) {
-            let want = FloatType::F16.round(*x);
+            let want = Compute::F16.round(*x);
             assert!(got.to_bits() == want.to_bits() || x.is_nan() && got.is_nan(), "{x}: {got} != {want}");
         }
     }

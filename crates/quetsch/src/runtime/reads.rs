@@ -7,15 +7,14 @@ use super::{ALONE, Workspace};
 use crate::checkpoint::Stored;
 use crate::quant::{Compute, Int8Input};
 use quetsch_kernels::int8::{self, Range};
-use quetsch_kernels::math;
 
 /// What happens to an input before it is multiplied.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Reads {
     /// Nothing.
     Floats,
-    /// Rounded to bfloat16.
-    Bf16,
+    /// Rounded to the type of the product.
+    Rounded(Compute),
     /// As int8 says: by row, with one absmax, or all but the outlier columns.
     Int8(Int8Input),
 }
@@ -25,7 +24,7 @@ impl Reads {
     pub fn of(weight: &Stored) -> Reads {
         match weight {
             Stored::Int8(q) if q.input != Int8Input::Float => Reads::Int8(q.input),
-            Stored::FourBit(q) if q.compute == Compute::Bf16 => Reads::Bf16,
+            Stored::FourBit(q) if q.compute != Compute::F32 => Reads::Rounded(q.compute),
             _ => Reads::Floats,
         }
     }
@@ -43,7 +42,7 @@ impl Reads {
         let (values, out) = (&x.values[..x.rows * k], &mut out[..x.rows * k]);
         match self {
             Reads::Floats | Reads::Int8(Int8Input::Float) => out.copy_from_slice(values),
-            Reads::Bf16 => math::round_to_bf16(values, out),
+            Reads::Rounded(compute) => compute.rounding().all(values, out),
             Reads::Int8(Int8Input::Dynamic) => in_range(Range::Row, values, x.rows, k, ws, out),
             Reads::Int8(Int8Input::Static { absmax }) => {
                 in_range(Range::Fixed(absmax), values, x.rows, k, ws, out);

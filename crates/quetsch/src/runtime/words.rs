@@ -15,7 +15,7 @@ pub enum Words {
     Float(Vec<f32>),
     /// int8 rows in memory.
     Int8(Int8Rows),
-    /// 4-bit blocks in memory: 4 bits an element are little, and blocks do not end where rows do.
+    /// 4-bit blocks in memory.
     FourBit(FourBit),
 }
 
@@ -29,15 +29,12 @@ impl Words {
         }
     }
 
-    /// From a directory: the rows stay in the file if they can.
+    /// From a directory: the rows stay in the file.
     ///
     /// # Errors
     /// The file cannot be read, or is not what its config says.
     pub fn open(source: &mut Source) -> Result<Words> {
-        match source.rows(Tensor::Word)? {
-            Some(rows) => Ok(Words::File(rows)),
-            None => Ok(Words::copy(&source.part(&[Tensor::Word])?)),
-        }
+        source.rows(Tensor::Word).map(Words::File)
     }
 
     /// x[t] = row ids[t] as f32. `x: [tokens, width]`
@@ -54,7 +51,8 @@ impl Words {
                 row.iter().zip(x).for_each(|(v, x)| *x = f32::from(*v) * q.scb[id] / 127.0);
             }),
             Words::FourBit(q) => each.for_each(|(id, x)| {
-                q.values(id * width..(id + 1) * width).zip(x).for_each(|(v, x)| *x = v);
+                let row = id * width..(id + 1) * width;
+                q.values(&q.packed[FourBit::bytes_of(row.clone())], row).zip(x).for_each(|(v, x)| *x = v);
             }),
         }
         Ok(())

@@ -79,7 +79,7 @@ fn gradually(job: &Job, s: &Prune, cuts: usize, key: &str, ui: &Ui) -> Result<Ma
     let last = Job { unlabelled: None, inputs, out: job.out.clone(), cache, ..*job };
     let mut made = at_once(&last, &part(s, cuts, cuts), key, ui)?;
     let (name, bytes) = made.files.iter_mut().find(|(name, _)| *name == PLAN).context("no plan was made")?;
-    add(&Value::Object(made.report.clone()), serde_json::from_slice(bytes).with_context(|| format!("{name}"))?)?;
+    add(&Value::Object(made.report.clone()), serde_json::from_slice(bytes).context(*name)?)?;
     let plan = plan.context("no plan was made")?;
     ui.note(&plan);
     *bytes = super::pretty(&plan)?;

@@ -196,9 +196,14 @@ impl Quantize {
         self.keep.iter().any(|k| k == "auto")
     }
 
-    fn calibrates(&self) -> bool {
+    /// Whether it looks at the inputs of linears.
+    pub fn calibrates(&self) -> bool {
+        self.equalise || self.has_static_sites()
+    }
+
+    fn has_static_sites(&self) -> bool {
         let is_static = |name: &str| name == Scheme::Int8Static.name();
-        self.equalise || is_static(&self.quant) || self.site.iter().any(|rule| is_static(&rule.scheme))
+        is_static(&self.quant) || self.site.iter().any(|rule| is_static(&rule.scheme))
     }
 }
 
@@ -238,6 +243,13 @@ impl Settings for Quantize {
         c.error(self.calibration > 0, "calibration", || "is 0, must be at least 1".into());
         let enough = !self.calibrates() || (512..=2000).contains(&self.calibration);
         c.warn(enough, "calibration", || format!("is {}, usual are 512 to 2000", self.calibration));
+        let observes = self.has_static_sites() || self.observer == Quantize::default().observer;
+        c.error(observes, "observer", || {
+            format!(
+                "is {}, but nothing is observed: it is about int8-static, and no site has that scheme",
+                self.observer
+            )
+        });
         c.range("budget", self.budget, 0.0, 100.0);
         c.error(self.trains() || self.teacher.is_none(), "teacher", || {
             "is there, but nothing learns from it: set `epochs` above 0".into()

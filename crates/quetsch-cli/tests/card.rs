@@ -26,15 +26,16 @@ fn a_stage_says_what_it_made_of_what() {
     has(
         &teacher,
         &[
-            "license: \"mit\"\nbase_model: \"org/base\"\ndatasets: [\"org/cards\"]\nlanguage: [\"en\",\"de\"]\n",
+            "license: \"mit\"\nbase_model: \"org/base\"\nbase_model_relation: \"finetune\"\ndatasets: [\"org/cards\"]\nlanguage: [\"en\",\"de\"]\n",
             "tags: [\"quetsch\",\"train\"]\nlibrary_name: \"quetsch\"\npipeline_tag: \"text-classification\"\n",
             "metrics: [\"accuracy\",\"f1\"]\nmodel-index: [{",
-            "model -> this model (train)",
+            concat!("model -> this model (train), by quetsch ", env!("CARGO_PKG_VERSION"), ".\n"),
             "[stage.train]\n",
             "epochs = 1\n",
             "Trained on 20 texts: all training data.",
             "| model | parameters | weights MB | accuracy | macro-F1 |",
             "Measured on 5 test examples",
+            "The label with the lowest F1 is ",
             "--layout remote-code",
         ],
     );
@@ -51,7 +52,8 @@ fn a_stage_says_what_it_made_of_what() {
         &int8,
         &[
             "license: \"mit\"",
-            "\"train\",\"quantize\",\"int8\"",
+            "base_model_relation: \"quantized\"\n",
+            "tags: [\"quetsch\",\"train\",\"quantize\",\"int8\",\"quantized\"]\n",
             "model -> teacher (train) -> this model (quantize)",
             "- Somebody\n",
         ],
@@ -61,6 +63,28 @@ fn a_stage_says_what_it_made_of_what() {
     assert!(rows[2].starts_with("| model | - |") && rows[2].ends_with("| - | - |"), "{rows:#?}");
     assert!(rows[3].starts_with("| teacher |") && !rows[3].contains("| - "), "{rows:#?}");
     assert!(rows[4].starts_with("| **int8** |"), "{rows:#?}");
+}
+
+/// The settings in a card are a section of a recipe, rules by site included.
+#[test]
+fn the_recipe_of_a_card_is_one() {
+    let place = Place::new();
+    let calibrated = "--train train.csv --calibration 10 --observer mse";
+    place.ok(&format!(
+        "quantize --model model --quant int8-static --site layer.1.*=nf4,head.4=bf16 {calibrated} --out q"
+    ));
+    let text = card(&place, "q");
+    has(&text, &["Ranges of inputs from 10 training texts, observer mse", "[[stage.quantize.site]]"]);
+    let toml = text.split("```toml\n").nth(1).and_then(|t| t.split("```").next()).expect("a recipe");
+    place.write(
+        "r.toml",
+        format!("model = \"model\"\nout = \"out\"\n[data]\ntrain = \"train.csv\"\n{toml}").as_bytes(),
+    );
+    place.ok("run r.toml");
+    assert_eq!(place.read("out/quantize/model.safetensors"), place.read("q/model.safetensors"));
+    assert!(!text.contains("\"bitsandbytes\""), "{text}");
+    place.ok("quantize --model model --quant nf4 --out four");
+    has(&card(&place, "four"), &["\"nf4\",\"quantized\",\"bitsandbytes\"]"]);
 }
 
 #[test]

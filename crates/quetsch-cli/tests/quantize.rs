@@ -27,9 +27,9 @@ fn training_with_quantised_weights_comes_nearer_to_the_float_model() {
     let float = logits(&place, "float");
     let distance =
         |model: &str| -> f64 { logits(&place, model).iter().zip(&float).map(|(a, b)| (a - b).powi(2)).sum() };
-    for scheme in ["nf4", "int8-static"] {
+    for (scheme, observer) in [("nf4", ""), ("int8-static", "--observer mse ")] {
         let line = format!(
-            "quantize --model float --quant {scheme} --site embeddings.*=int8 --train train.csv --validation 0.2 --observer mse --out {scheme}"
+            "quantize --model float --quant {scheme} --site embeddings.*=int8 --train train.csv --validation 0.2 {observer}--out {scheme}"
         );
         let qat = "--epochs 30 --learning-rate 5e-4 --alpha 0 --logits 1";
         place.ok(&line);
@@ -252,6 +252,57 @@ fn an_export_holds_its_temperature() {
     assert!(refused.code == 1 && refused.stderr.contains("last linear"), "{}", refused.stderr);
 }
 
+/// What a quantised model keeps in float stays in float, whatever is made of it, and codes that need not change do not.
+#[test]
+fn an_export_keeps_what_its_model_keeps() {
+    let place = Place::new();
+    let site = "backbone.encoder.layer.1.output.dense"; // layer.1.ffn_down
+    place.ok("quantize --model model --quant nf4 --keep layer.1.ffn_down --compute f32 --out four");
+    place.ok("quantize --model model --quant int8 --keep layer.1.ffn_down --out eight");
+    for (from, to, layout, rounded_twice) in [
+        ("four", "bnb-nf4", "compact", false),
+        ("four", "bnb-nf4", "dense", true),
+        ("four", "bnb-int8", "dense", true),
+        ("eight", "bnb-int8", "compact", false),
+        ("eight", "bnb-int8", "dense", false),
+        ("eight", "bnb-nf4", "compact", true),
+    ] {
+        let row = format!("{from} --to {to} --layout {layout}");
+        let done = place.ok(&format!("export --model {row} --out {from}-{to}-{layout}"));
+        assert_eq!(done.stderr.contains("once more, as"), rounded_twice, "{row}: {}", done.stderr);
+        let config = json(&place.read(&format!("{from}-{to}-{layout}/config.json")));
+        let sites = config["quetsch"]["sites"].as_object().expect("sites");
+        assert!(!sites.contains_key(site) && sites.len() > 10, "{row}: {sites:?}");
+        let quantization = &config["quantization_config"];
+        let skipped = quantization["llm_int8_skip_modules"].as_array().expect("a list");
+        assert!(skipped.contains(&site.into()) && skipped.contains(&"head.4".into()), "{row}: {skipped:?}");
+        if to == "bnb-nf4" {
+            let compute = if from == "four" { "float32" } else { "bfloat16" };
+            assert_eq!(quantization["bnb_4bit_compute_dtype"], compute, "{row}");
+        }
+    }
+    let weights = |dir: &str| place.read(&format!("{dir}/model.safetensors"));
+    assert_eq!(weights("four-bnb-nf4-compact"), weights("four"));
+    assert_eq!(weights("eight-bnb-int8-compact"), weights("eight"));
+}
+
+/// Dense and back: the heads are gone again, and the weights are the same bytes.
+#[test]
+fn a_dense_export_is_made_compact_again() {
+    let place = Place::new();
+    place.ok("export --model model --to hf --out compact");
+    place.ok("export --model model --to hf --layout dense --out dense");
+    let done = place.ok("export --model dense --to hf --layout compact --out again");
+    // The student's layers keep 2, 4 and 3 of 4 heads, and their feed-forward networks are of one width.
+    assert!(done.stderr.contains("taken out: 3 heads and 0 channels"), "{}", done.stderr);
+    assert_eq!(place.read("again/model.safetensors"), place.read("compact/model.safetensors"));
+    assert_eq!(json(&place.read("again/config.json")), json(&place.read("compact/config.json")));
+    place.ok("quantize --model model --quant bnb-int8 --out eight");
+    place.ok("export --model eight --to bnb-int8 --layout dense --out eight-dense");
+    place.ok("export --model eight-dense --to bnb-int8 --out eight-again");
+    assert_eq!(place.read("eight-again/model.safetensors"), place.read("eight/model.safetensors"));
+}
+
 #[test]
 fn a_remote_code_export_names_its_code_and_reads_back() {
     let place = Place::new();
@@ -265,4 +316,52 @@ fn a_remote_code_export_names_its_code_and_reads_back() {
     assert!(code.contains(&format!("class {class}(")), "{class}");
     assert!(config.get("student_pruned_heads").is_none(), "transformers 4 would prune once more");
     assert_eq!(logits(&place, "remote"), logits(&place, "model"));
+}
+
+/// Every scheme is counted, what no other program reads is warned of, and settings that nothing reads are errors.
+#[test]
+fn what_was_done_is_said() {
+    let place = Place::new();
+    let mixed =
+        place.ok("quantize --model model --quant int8-static --site layer.0.*=nf4 --train train.csv --out mixed");
+    for says in [
+        "linears 1 in f32 (head.4), 14 in int8-static, 6 in nf4; word embeddings in f32",
+        "int8 and 4-bit linears in one file",
+        "calibrated on all 20 training sentences, `calibration` asks for 512",
+    ] {
+        assert!(mixed.stderr.contains(says), "{says:?} is not in {}", mixed.stderr);
+    }
+    let plain = place.ok("quantize --model model --quant nf4 --out four");
+    assert!(!plain.stderr.contains("one file") && !plain.stderr.contains("calibrated"), "{}", plain.stderr);
+    let idle = place.run("quantize --model model --quant int8 --observer mse --out x");
+    assert_eq!(idle.code, 2, "{}", idle.stderr);
+    assert!(idle.stderr.contains("--observer") && idle.stderr.contains("int8-static"), "{}", idle.stderr);
+}
+
+/// Scales that are finite and far too large: no answer is better than one that is no number.
+#[test]
+fn answers_that_are_no_numbers_are_errors() {
+    let place = Place::new();
+    place.ok("quantize --model model --quant nf4 --no-double-quant --out huge");
+    let mut file = place.read("huge/model.safetensors");
+    let length = u64::from_le_bytes(file[..8].try_into().expect("8 bytes")) as usize;
+    let header = json(&file[8..8 + length]);
+    let place_of = &header["backbone.encoder.layer.1.intermediate.dense.weight.absmax"]["data_offsets"];
+    let at = |i: usize| 8 + length + place_of[i].as_u64().expect("an offset") as usize;
+    for scale in file[at(0)..at(1)].chunks_exact_mut(4) {
+        scale.copy_from_slice(&3e38f32.to_le_bytes());
+    }
+    place.write("huge/model.safetensors", &file);
+    place.write("texts.txt", b"i lost my card\n");
+    for line in [
+        "predict --model huge hello",
+        "predict --model huge --input texts.txt",
+        "eval --model huge --data test.csv",
+        "compare model huge --data test.csv --no-speed",
+    ] {
+        let done = place.run(line);
+        assert_eq!(done.code, 1, "{line}: {}", done.stdout);
+        let named = done.stderr.contains("huge: the answer to text 1 is ") && done.stderr.contains("finite");
+        assert!(named, "{line}: {}", done.stderr);
+    }
 }

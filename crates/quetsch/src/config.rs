@@ -480,6 +480,17 @@ fn short(v: &Value) -> String {
     }
 }
 
+/// The name of the class that has this head.
+pub(crate) fn architecture(spec: &ModelSpec) -> String {
+    let class = spec.family.facts().class;
+    match spec.head {
+        HeadSpec::None => format!("{class}Model"),
+        HeadSpec::MeanMlp { .. } => "StudentHFModel".to_owned(),
+        HeadSpec::Pooler { .. } => format!("{class}ForSequenceClassification"),
+        HeadSpec::Tokens { .. } => format!("{class}ForTokenClassification"),
+    }
+}
+
 /// The `config.json` of a checkpoint: what it was read from, with everything that the spec decides written anew.
 ///
 /// # Errors
@@ -490,13 +501,7 @@ pub fn render(ck: &Checkpoint) -> Result<Map<String, Value>> {
         map.insert(key.into(), value);
     };
     let facts = spec.family.facts();
-    let architecture = match spec.head {
-        HeadSpec::None => format!("{}Model", facts.class),
-        HeadSpec::MeanMlp { .. } => "StudentHFModel".to_owned(),
-        HeadSpec::Pooler { .. } => format!("{}ForSequenceClassification", facts.class),
-        HeadSpec::Tokens { .. } => format!("{}ForTokenClassification", facts.class),
-    };
-    set("architectures", json!([architecture]));
+    set("architectures", json!([architecture(spec)]));
     set("model_type", json!(facts.model_type));
     set("vocab_size", json!(spec.vocab));
     set("max_position_embeddings", json!(spec.positions));
@@ -594,7 +599,8 @@ fn quantization_config(ck: &Checkpoint, sites: &BTreeMap<String, Scheme>) -> Res
             "bnb-int8 sites have different thresholds; config.json has one for all of them",
         ));
     }
-    // With 4-bit and int8 sites in one file no loader of today reads all; ours goes by what is stored.
+    // With 4-bit and int8 sites in one file no loader of today reads all: the int8 ones stand here as skipped, and the
+    // shape that they are stored in stops who takes them for floats. Ours goes by what is stored.
     let is_four = !four.is_empty();
     let (kind, double_quant, compute) = four.first().copied().unwrap_or(("fp4", false, Compute::F32));
     let converted = |s: &Scheme| four_bit(s).is_some() == is_four;

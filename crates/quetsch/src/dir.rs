@@ -209,14 +209,15 @@ impl Source {
         if problems.is_empty() {
             return Ok(());
         }
-        let n = problems.len();
+        let (n, spec) = (problems.len(), &self.config.spec);
         Err(Error::file(
             &self.path,
             format!(
-                "{n} {} with config.json ({} layers, {:?}):\n  {}",
+                "{n} {} with config.json ({} of {} layers and {} labels):\n  {}",
                 if n == 1 { "tensor does not agree" } else { "tensors do not agree" },
-                self.config.spec.layers.len(),
-                self.config.spec.head,
+                config::architecture(spec),
+                spec.layers.len(),
+                spec.head.labels(),
                 problems.join("\n  ")
             ),
         ))
@@ -239,7 +240,7 @@ pub fn write(path: impl AsRef<Path>, model: &ModelDir, force: bool) -> Result<()
     folder.commit()
 }
 
-/// Writes a model directory's files into a folder in the making.
+/// Writes a model directory's files into a folder in the making, those of a WordPiece tokenizer that are missing included.
 ///
 /// # Errors
 /// As [`write()`].
@@ -250,7 +251,8 @@ pub fn write_into(folder: &Folder, model: &ModelDir) -> Result<()> {
     json.push('\n');
     folder.write("config.json", json.as_bytes())?;
     folder.write(WEIGHTS, &tensor::serialize(&model.checkpoint)?)?;
-    for (name, bytes) in &model.tokenizer.files {
+    let longest = model.checkpoint.max_length.unwrap_or_else(|| model.checkpoint.spec.longest());
+    for (name, bytes) in &model.tokenizer.complete(longest)?.files {
         folder.write(name, bytes)?;
     }
     Ok(())

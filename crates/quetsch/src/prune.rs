@@ -22,7 +22,7 @@ mod scores;
 mod search;
 mod sparse;
 
-pub use apply::{apply, dense, keep_layers};
+pub use apply::{apply, compact, dense, keep_layers};
 pub use budget::{Amount, Budget, ByLayer, Cut, Scope};
 pub use calibrate::{Tune, activation, tune};
 pub use diff::{PlanDiff, Removed, diff};

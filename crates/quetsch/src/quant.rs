@@ -278,6 +278,13 @@ pub fn quantise_calibrated(
     Ok(out)
 }
 
+/// Whether int8 and 4-bit linears stand in one file: bitsandbytes has one scheme a model, so that no other program reads
+/// them.
+pub fn is_mixed(ck: &Checkpoint) -> bool {
+    let linears = || ck.tensors().filter(|(def, _)| def.role == Role::Weight).map(|(_, stored)| stored);
+    linears().any(|t| matches!(t, Stored::Int8(_))) && linears().any(|t| matches!(t, Stored::FourBit(_)))
+}
+
 fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme, ranges: &BTreeMap<Lin, f32>) -> Result<Stored> {
     let old = ck.get(def.tensor);
     if scheme.float().is_none() && !matches!(old, Stored::Float { .. }) {
@@ -295,8 +302,9 @@ fn store(ck: &Checkpoint, def: &TensorDef, scheme: Scheme, ranges: &BTreeMap<Lin
         Scheme::F32 | Scheme::Bf16 => false,
     };
     if through_f16 && let Some(i) = values.iter().position(|v| !FloatType::F16.round(*v).is_finite()) {
+        let through = if scheme == Scheme::F16 { "" } else { ", which goes through f16" };
         return Err(Error::invalid(format!(
-            "{}: element {i} is {}, too large for {scheme}, which goes through f16 (at most 65504); use bf16",
+            "{}: element {i} is {}, too large for {scheme}{through} (at most 65504); use bf16",
             def.name, values[i]
         )));
     }

@@ -2,6 +2,8 @@
 //! transformers builds BERT's. Truncation and padding in the file are overridden: published files carry settings
 //! (128 tokens, padded) that are not the model's.
 
+mod complete;
+
 use crate::batch::Encoding;
 use crate::error::{Error, Result};
 use serde::de::IgnoredAny;
@@ -400,25 +402,7 @@ pub fn train_wordpiece(texts: &[impl AsRef<str> + Sync], vocab_size: usize) -> R
     let mut vocab: Vec<(u32, String)> = model.get_vocab().into_iter().map(|(token, id)| (id, token)).collect();
     vocab.sort_unstable();
     let lines: String = vocab.into_iter().map(|(_, token)| token + "\n").collect();
-    let json = bert(lines.as_bytes(), &options)?.to_string(true).map_err(invalid("tokenizer.json"))?;
-    let names = || ["pad", "unk", "cls", "sep", "mask"].into_iter().zip(SPECIAL);
-    let mut special: Map<String, Value> = names().map(|(k, t)| (format!("{k}_token"), json!(t))).collect();
-    let special_json = pretty(&special.clone().into())?;
-    let more = json!({"do_lower_case": true, "strip_accents": null, "tokenize_chinese_chars": true,
-        "do_basic_tokenize": true, "never_split": null, "model_max_length": 512, "padding_side": "right",
-        "tokenizer_class": "BertTokenizer"});
-    special.extend(more.as_object().cloned().unwrap_or_default());
-    let files = [
-        ("tokenizer.json", json),
-        ("vocab.txt", lines),
-        ("tokenizer_config.json", pretty(&special.into())?),
-        ("special_tokens_map.json", special_json),
-    ];
-    Ok(TokenizerFiles { files: files.into_iter().map(|(n, s)| (n.to_owned(), s.into_bytes())).collect() })
-}
-
-fn pretty(value: &Value) -> Result<String> {
-    serde_json::to_string_pretty(value).map(|s| s + "\n").map_err(|e| Error::invalid(format!("JSON: {e}")))
+    TokenizerFiles { files: BTreeMap::from([("vocab.txt".to_owned(), lines.into_bytes())]) }.complete(512)
 }
 
 /// A text's words as BERT sees them before WordPiece.

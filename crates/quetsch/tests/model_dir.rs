@@ -404,14 +404,19 @@ fn hostile_quantised_entries_are_named() {
     let state = || beside("quant_state.bitsandbytes__nf4");
     let floats = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     // Model, entry, edit, what the error says.
-    let table: [(&str, String, Edit, &str); 38] = [
+    let table: [(&str, String, Edit, &str); 40] = [
         ("nf4", state(), Text("{", "["), "expected"),
         ("nf4", state(), Bytes(vec![]), "EOF"),
         ("nf4", state(), Bytes(vec![0xff, b'{']), "expected value"),
         ("nf4", state(), Gone, "missing"),
-        ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 0"), "blocksize is 0, expected 64"),
+        ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 0"), "blocksize is 0, expected 1 to 65536"),
         ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 32"), "absmax: expected shape [48], found [24]"),
-        ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 65537"), "blocksize is 65537, expected 64"),
+        (
+            "nf4",
+            state(),
+            Text("\"blocksize\": 64", "\"blocksize\": 65537"),
+            "blocksize is 65537, expected 1 to 65536",
+        ),
         ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": -1"), "invalid value: integer `-1`"),
         ("nf4", state(), Text("\"blocksize\": 64", "\"blocksize\": 1e99"), "expected usize"),
         ("nf4", state(), Text("\"blocksize\": 64, ", ""), "missing field `blocksize`"),
@@ -449,6 +454,8 @@ fn hostile_quantised_entries_are_named() {
         ("nf4", WEIGHT.into(), Bytes(vec![0; 3]), "3 packed bytes, expected 768"),
         ("nf4", WEIGHT.into(), Type(Dtype::BOOL), "type BOOL, expected F32, F16, BF16, I8 or U8"),
         ("nf4_single", beside("absmax"), First(f32::NAN), "absmax: element 0 is NaN"),
+        ("nf4_single", beside("absmax"), First(-1.0), "absmax: element 0 is -1, expected 0 or more"),
+        ("nf4", beside("nested_absmax"), First(-1.0), "nested_absmax: element 0 is -1, expected 0 or more"),
         (
             "nf4_single",
             beside("absmax"),
@@ -457,11 +464,11 @@ fn hostile_quantised_entries_are_named() {
         ),
         ("int8", SCB.into(), First(f32::NAN), "SCB: element 0 is NaN"),
         ("int8", SCB.into(), First(f32::INFINITY), "SCB: element 0 is inf"),
-        ("int8", SCB.into(), First(-1.0), "SCB: row 0 is -1, expected 0 or more"),
+        ("int8", SCB.into(), First(-1.0), "SCB: element 0 is -1, expected 0 or more"),
         ("int8", SCB.into(), Bytes(floats(&[1.0])), "SCB: expected shape [48], found [1]"),
         ("int8", SCB.into(), Type(Dtype::I32), "SCB: type I32, expected F32"),
         ("static", RANGE.into(), First(f32::NAN), "input_absmax: element 0 is NaN"),
-        ("static", RANGE.into(), First(-2.0), "input_absmax: is -2, expected 0 or more"),
+        ("static", RANGE.into(), First(-2.0), "input_absmax: element 0 is -2, expected 0 or more"),
         ("static", RANGE.into(), Gone, "missing backbone.encoder.layer.0.intermediate.dense.input_absmax [1]"),
     ];
     let temporary = tempfile::tempdir().unwrap();
@@ -521,8 +528,13 @@ fn missing_files_are_named() {
     assert!(fails(&here.join("config.json")).contains("not a folder"));
     let e = fails(here);
     assert!(e.contains("model.safetensors") && e.contains("model.safetensors.index.json"), "{e}");
-    fs::write(here.join("pytorch_model.bin"), b"").unwrap();
-    assert!(fails(here).contains("save_pretrained"));
+    // Whatever is wrong with it, the way to a file that can be read is told.
+    let mut damaged = fs::read(fixture("tiny_bert_pytorch_model.bin")).unwrap();
+    damaged.truncate(damaged.len() / 2);
+    for bytes in [vec![], damaged] {
+        fs::write(here.join("pytorch_model.bin"), bytes).unwrap();
+        assert!(fails(here).contains("save_pretrained"));
+    }
     for (index, message) in [
         ("{", "not a shard index"),
         (r#"{"weight_map": {}}"#, "empty"),
@@ -542,6 +554,45 @@ fn missing_files_are_named() {
     assert!(fails(here).contains("not there: bart."));
     fs::write(here.join("config.json"), b"[1, 2]").unwrap();
     assert!(fails(here).contains("not a JSON object"));
+}
+
+/// What stands under the name of the weights and is something else; a pipe that nobody writes to would be read for ever.
+#[test]
+fn what_are_no_weights_is_said() {
+    let temporary = tempfile::tempdir().unwrap();
+    let here = temporary.path();
+    fs::copy(fixture("tiny_student/config.json"), here.join("config.json")).unwrap();
+    let weights = here.join("model.safetensors");
+    let fails = || dir::read_checkpoint(here).unwrap_err().to_string();
+    fs::create_dir(&weights).unwrap();
+    assert!(fails().contains("model.safetensors: is a folder, expected a file"), "{}", fails());
+    fs::remove_dir(&weights).unwrap();
+    #[cfg(unix)]
+    {
+        let socket = std::os::unix::net::UnixListener::bind(&weights).unwrap();
+        assert!(fails().contains("is no regular file"), "{}", fails());
+        drop(socket);
+        fs::remove_file(&weights).unwrap();
+    }
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 133466304\n";
+    fs::write(&weights, pointer).unwrap();
+    assert!(fails().contains("Git LFS pointer") && fails().contains("git lfs pull"), "{}", fails());
+}
+
+/// int8 linears beside 4-bit ones are stored in a shape that no float linear has, and read back as they were.
+#[test]
+fn mixed_files_stop_loaders_that_expect_floats() {
+    let temporary = tempfile::tempdir().unwrap();
+    let here = temporary.path();
+    let ck = dir::read_checkpoint(fixture("tiny_student")).unwrap();
+    let rules: [(&str, Scheme); 2] = [("*", Scheme::Int8), ("layer.0.*", "nf4".parse().unwrap())];
+    let rules = rules.map(|(p, s)| (p.to_owned(), s));
+    let mixed = quantise(&ck, &rules, &["head.4".into()]).unwrap();
+    write(here, &mixed);
+    let file = fs::read(here.join("model.safetensors")).unwrap();
+    let name = "backbone.encoder.layer.1.attention.self.query.weight";
+    assert_eq!(SafeTensors::deserialize(&file).unwrap().tensor(name).unwrap().shape(), [32 * 32, 1]);
+    assert_same(&mixed, &dir::read_checkpoint(here).unwrap());
 }
 
 #[test]

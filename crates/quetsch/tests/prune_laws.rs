@@ -10,7 +10,8 @@ use quetsch::checkpoint::{Checkpoint, FloatType, Stored};
 use quetsch::hooks;
 use quetsch::ops::{self, Inspect, With};
 use quetsch::prune::{Amount, Budget, Cut, Magnitude, Plan, Scope, Scores};
-use quetsch::prune::{Tune, activation, apply, dense, keep_layers, magnitude, masks, plan, tune};
+use quetsch::prune::{Tune, activation, apply, compact, dense, keep_layers, magnitude, masks, plan, tune};
+use quetsch::quant::{Scheme, quantise};
 use quetsch::rng::Rng;
 use quetsch::runtime::{CpuOps, Model, Workspace};
 use quetsch::spec::{Activation, At, Family, HeadSpec, LayerShape, Lin, ModelSpec, Tensor};
@@ -217,6 +218,35 @@ proptest! {
         prop_assert!(worst(&compact, dense) < TINY);
     }
 
+    /// What a dense layout adds, `compact` finds and takes out again: the same values or int8 codes, to the bit.
+    #[test]
+    fn compact_undoes_dense(spec in specs(), seed in any::<u64>(), scheme in 0..3usize) {
+        let scheme = [Scheme::F32, Scheme::Bf16, Scheme::Int8][scheme];
+        let ck = quantise(&lively(spec, seed), &[("*".into(), scheme)], &[]).unwrap();
+        let back = compact(&dense(&ck).unwrap()).unwrap();
+        prop_assert_eq!(&back.spec, &ck.spec);
+        prop_assert!(back.tensors().eq(ck.tensors()));
+    }
+
+    /// Groups that write and read nothing go, whatever their queries and keys are, and no answer changes.
+    #[test]
+    fn compact_changes_no_answer(spec in specs(), seed in any::<u64>()) {
+        let (mut ck, plan, batch) = (lively(spec.clone(), seed), random_plan(&spec, seed ^ 1), batch(&spec, seed));
+        let (kept, padded) = (apply(&ck, &plan).unwrap(), dense(&apply(&ck, &plan).unwrap()).unwrap());
+        let zeros = |l: usize| [Lin::Value(l), Lin::Out(l)].map(Tensor::W).into_iter().chain([Tensor::B(Lin::Value(l))]);
+        for l in (0..spec.layers.len()).filter(|l| spec.layers[*l].heads.len() == usize::from(spec.original_heads)) {
+            zeros(l).for_each(|t| ck.set(t, padded.get(t).clone()));
+        }
+        let small = compact(&ck).unwrap();
+        for (l, shape) in spec.layers.iter().enumerate() {
+            let whole = shape.heads.len() == usize::from(spec.original_heads);
+            let expected = if whole { &kept.spec.layers[l].heads } else { &shape.heads };
+            prop_assert_eq!(&small.spec.layers[l].heads, expected);
+        }
+        let (with, without) = (forward(&ck, &batch, &Masks::new()), forward(&small, &batch, &Masks::new()));
+        prop_assert!(worst(&with, without) < TINY);
+    }
+
     /// Whatever the budget: an error in words, or a plan that keeps its promises.
     #[test]
     fn plans_keep_their_budget(
@@ -421,4 +451,27 @@ fn tuning_is_least_squares() {
     }
     let other = cut(&[], &[(1, vec![0])]);
     assert!(tune(&parent, &child, &other, &sentences, Tune::Mask, 1).is_err());
+}
+
+/// 4-bit blocks run across heads: what a layout changes comes out as the values it had, what it leaves alone keeps its
+/// codes; and so does all of int8.
+#[test]
+fn layouts_of_quantised_models_keep_what_they_can() {
+    let spec = reference::uneven(HeadSpec::Pooler { labels: 3 });
+    for scheme in ["nf4", "fp4", "int8", "bnb-int8"] {
+        let ck = quantise(&lively(spec.clone(), 5), &[("*".into(), scheme.parse().unwrap())], &[]).unwrap();
+        let padded = dense(&ck).unwrap();
+        for ((def, stored), (_, old)) in padded.tensors().zip(ck.tensors()) {
+            let cut = def.len() != old.len();
+            match stored {
+                Stored::Float { .. } => assert!(cut || matches!(old, Stored::Float { .. }), "{}", def.name),
+                _ => assert!(!(cut && scheme.ends_with("4")), "{}", def.name),
+            }
+        }
+        let back = compact(&padded).unwrap();
+        assert_eq!(back.spec, ck.spec, "{scheme}");
+        back.tensors()
+            .zip(ck.tensors())
+            .for_each(|((def, a), (_, b))| assert_eq!(a.values(), b.values(), "{}", def.name));
+    }
 }

@@ -165,3 +165,45 @@ fn long_texts_are_cut_to_the_same_ids() {
     let blank = " ".repeat(200_000);
     assert_eq!(tokenizer.encode(&blank, 16).unwrap().ids.len(), 2);
 }
+
+/// Whichever of a WordPiece tokenizer's files are there, all four are written, and they give the same ids.
+#[test]
+fn missing_files_are_made_from_the_others() {
+    let whole = dir::read_tokenizer(fixture("tiny_student")).unwrap();
+    let ids = |files: &TokenizerFiles| {
+        let text = "I lost my C\u{e4}rd, \u{4f60}\u{597d} 2 times!";
+        (Tokenizer::new(files).unwrap().encode(text, 16).unwrap().ids, Tokenizer::new(files).unwrap().fingerprint())
+    };
+    let parsed = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).unwrap();
+    let rows: [&[&str]; 4] = [
+        &["tokenizer.json"],
+        &["vocab.txt"],
+        &["tokenizer.json", "tokenizer_config.json"],
+        &["vocab.txt", "tokenizer_config.json"],
+    ];
+    for names in rows {
+        let mut some = whole.clone();
+        some.files.retain(|name, _| names.contains(&name.as_str()));
+        let made = some.complete(16).unwrap();
+        assert!(made.files.keys().eq(whole.files.keys()), "{names:?}: {:?}", made.files.keys());
+        assert!(names.iter().all(|n| made.files[*n] == whole.files[*n]), "{names:?}: what is there stays");
+        assert_eq!(made.files["vocab.txt"], whole.files["vocab.txt"], "{names:?}");
+        let map = "special_tokens_map.json";
+        assert_eq!(parsed(&made.files[map]), parsed(&whole.files[map]), "{names:?}");
+        for name in ["tokenizer.json", "vocab.txt"] {
+            let mut alone = made.clone();
+            alone.files.retain(|n, _| n == name || n == "tokenizer_config.json");
+            assert_eq!(ids(&alone), ids(&whole), "{names:?}: {name}");
+        }
+    }
+    // What transformers 5 notes about the computer that it ran on does not go further; other kinds are left alone.
+    let mut noted = whole.clone();
+    let config = r#"{"is_local": true, "local_files_only": false, "cls_token": "[CLS]"}"#;
+    noted.files.insert("tokenizer_config.json".into(), config.into());
+    assert_eq!(
+        parsed(&noted.complete(16).unwrap().files["tokenizer_config.json"]),
+        parsed(br#"{"cls_token": "[CLS]"}"#)
+    );
+    let other = dir::read_tokenizer(fixture("families/xlm_roberta")).unwrap();
+    assert_eq!(other.complete(16).unwrap(), other);
+}

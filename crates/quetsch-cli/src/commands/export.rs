@@ -13,8 +13,8 @@ use quetsch::atomic::Folder;
 use quetsch::checkpoint::{Checkpoint, Stored};
 use quetsch::dir::ModelDir;
 use quetsch::family::Family;
-use quetsch::prune::dense;
-use quetsch::quant::{self, Scheme};
+use quetsch::prune::{compact, dense};
+use quetsch::quant::{self, Compute, Int8Input, Int8Rows, Scheme, int8};
 use quetsch::runtime::Classifier;
 use quetsch::spec::{HeadSpec, Lin, Role, Tensor, TensorDef};
 use quetsch::task::Task;
@@ -63,6 +63,30 @@ enum Target {
     BnbNf4,
 }
 
+impl Target {
+    /// What linears become. 4-bit ones are stored and computed as those of the model are, if it has any.
+    fn scheme(self, ck: &Checkpoint) -> Option<Scheme> {
+        let mut stored = ck.tensors().filter(|(def, _)| is_linear(def)).map(|(_, t)| Scheme::of(t));
+        match self {
+            Target::Hf => None,
+            Target::BnbInt8 => {
+                let own = stored.find(|s| matches!(s, Scheme::BnbInt8 { .. }));
+                Some(own.unwrap_or(Scheme::BnbInt8 { threshold: int8::THRESHOLD }))
+            }
+            Target::BnbNf4 => {
+                let own = stored.find_map(|s| match s {
+                    Scheme::Nf4 { double_quant, compute, .. } | Scheme::Fp4 { double_quant, compute, .. } => {
+                        Some((double_quant, compute))
+                    }
+                    _ => None,
+                });
+                let (double_quant, compute) = own.unwrap_or((true, Compute::Bf16));
+                Some(Scheme::Nf4 { double_quant, compute, source: None })
+            }
+        }
+    }
+}
+
 /// Where pruned heads and channels are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Layout {
@@ -72,6 +96,68 @@ enum Layout {
     Dense,
     /// As compact, with Python code beside the weights: loads where `trust_remote_code=True` lets it run
     RemoteCode,
+}
+
+/// The compact layout, and what that took out.
+fn taken_out(source: &Checkpoint, ui: &Ui) -> Result<Checkpoint> {
+    let compact = compact(source)?;
+    let count = |ck: &Checkpoint| ck.spec.layers.iter().fold((0, 0), |n, l| (n.0 + l.heads.len(), n.1 + l.ffn));
+    let ((heads, channels), (heads_left, channels_left)) = (count(source), count(&compact));
+    let (heads, channels) = (heads - heads_left, channels - channels_left);
+    if heads + channels > 0 {
+        ui.note(format!(
+            "taken out: {heads} heads and {channels} channels that are exactly zero; no answer changes"
+        ));
+    }
+    Ok(compact)
+}
+
+fn is_linear(def: &TensorDef) -> bool {
+    def.role == Role::Weight && !def.is_empty()
+}
+
+fn is_float(stored: &Stored) -> bool {
+    matches!(stored, Stored::Float { .. })
+}
+
+/// The linears that stay in float: those that do in a quantised model, the usual ones of a float model.
+fn keep(source: &Checkpoint) -> Vec<String> {
+    let linears = || source.tensors().filter(|(def, _)| is_linear(def));
+    if linears().all(|(_, t)| is_float(t)) {
+        return quant::default_keep(&source.spec);
+    }
+    let floats = linears().filter(|(_, t)| is_float(t));
+    floats.map(|(def, _)| def.name.trim_end_matches(".weight").to_string()).collect()
+}
+
+/// All linears of the source, which has got its layout, in one scheme, but for those to keep. Codes of that scheme stay
+/// as they are, and int8 rows are those of LLM.int8() already; of what else is quantised there are only rounded values
+/// left, which are rounded once more.
+fn store_as(source: &Checkpoint, mut laid_out: Checkpoint, scheme: Scheme, ui: &Ui) -> Result<Checkpoint> {
+    let mut twice = vec![];
+    for def in laid_out.spec.tensors().into_iter().filter(is_linear) {
+        let now = match (laid_out.get(def.tensor), scheme) {
+            (Stored::Int8(rows), Scheme::BnbInt8 { threshold }) => {
+                Stored::Int8(Int8Rows { input: Int8Input::Mixed { threshold }, ..rows.clone() })
+            }
+            (stored, _) if Scheme::of(stored) == scheme || is_float(source.get(def.tensor)) => continue,
+            (stored, _) => {
+                twice.push(def.name.clone());
+                if is_float(stored) { stored.clone() } else { Stored::f32(stored.values().into_owned()) }
+            }
+        };
+        laid_out.set(def.tensor, now);
+    }
+    if let Some(first) = twice.first() {
+        ui.warn(format!(
+            "{} linears ({first}{}) were quantised already and are so once more, as {scheme}, from their rounded weights: \
+             4-bit blocks run across heads and channels, and other codes say other values. Where the float model is at \
+             hand, export that one",
+            twice.len(),
+            if twice.len() > 1 { ", .." } else { "" }
+        ));
+    }
+    Ok(quant::quantise(&laid_out, &[("*".into(), scheme)], &keep(source))?)
 }
 
 /// The code of [`Layout::RemoteCode`], our own.
@@ -138,36 +224,27 @@ pub fn run(e: &Export, ui: &Ui) -> Result<()> {
     let mut model = dir::read(&source)?;
     let calibration = e.calibration.as_deref().map(|file| hub::table(file, "validation", ui)).transpose()?;
     let calibration = calibration.as_deref().map(|file| calibrate(&mut model, file, ui)).transpose()?;
-    let scheme: Option<Scheme> = match e.to {
-        Target::Hf => None,
-        Target::BnbInt8 => Some("bnb-int8".parse()?),
-        Target::BnbNf4 => Some("nf4".parse()?),
+    let stored = &model.checkpoint;
+    let laid_out = match e.layout {
+        Layout::Dense => dense(stored)?,
+        Layout::Compact | Layout::RemoteCode => taken_out(stored, ui)?,
     };
-    let linear = |d: &TensorDef| d.role == Role::Weight;
-    let stored_so = |ck: &Checkpoint| {
-        let mut linears = ck.tensors().filter(|(d, _)| linear(d)).map(|(_, t)| Scheme::of(t));
-        scheme.is_some() && linears.all(|s| s.float().is_some() || Some(s) == scheme)
-    };
-    if e.layout == Layout::Dense || !stored_so(&model.checkpoint) {
-        if model.checkpoint.is_quantised() {
-            ui.warn("the model is quantised: its weights are exported as they are after rounding");
+    model.checkpoint = match e.to.scheme(stored) {
+        Some(scheme) => store_as(stored, laid_out, scheme, ui)?,
+        None => {
+            if stored.is_quantised() {
+                ui.warn("the model is quantised: its weights are exported as they are after rounding");
+            }
+            laid_out.to_f32()
         }
-        model.checkpoint = model.checkpoint.to_f32();
-    }
+    };
     // No other program reads quantised tables.
     for def in model.checkpoint.spec.tensors().into_iter().filter(|d| d.role == Role::Embedding) {
-        if !matches!(model.checkpoint.get(def.tensor), Stored::Float { .. }) {
+        if !is_float(model.checkpoint.get(def.tensor)) {
             ui.note(format!("{}: decoded to f32, because no other program reads it quantised", def.name));
             let values = model.checkpoint.values(def.tensor).into_owned();
             model.checkpoint.set(def.tensor, Stored::f32(values));
         }
-    }
-    if e.layout == Layout::Dense {
-        model.checkpoint = dense(&model.checkpoint)?;
-    }
-    if let Some(scheme) = scheme.filter(|_| !model.checkpoint.is_quantised()) {
-        let keep = quant::default_keep(&model.checkpoint.spec);
-        model.checkpoint = quant::quantise(&model.checkpoint, &[("*".into(), scheme)], &keep)?;
     }
     let folder = Folder::create(&e.out, e.force)?;
     dir::write_into(&folder, &model)?;

@@ -210,7 +210,8 @@ impl Quantize {
         self.keep.iter().any(|k| k == "auto")
     }
 
-    fn calibrates(&self) -> bool {
+    /// Whether it looks at the inputs of linears.
+    pub fn calibrates(&self) -> bool {
         self.equalise || self.names(Scheme::Int8Static.name())
     }
 
@@ -269,6 +270,13 @@ impl Settings for Quantize {
         let threshold = self.outlier_threshold.unwrap_or_default();
         c.error(threshold.is_finite() && threshold >= 0.0, "outlier-threshold", || {
             format!("is {threshold}, must be 0 (off) or a larger number")
+        });
+        let observes = self.names(Scheme::Int8Static.name()) || self.observer == Quantize::default().observer;
+        c.error(observes, "observer", || {
+            format!(
+                "is {}, but nothing is observed: it is about int8-static, and no site has that scheme",
+                self.observer
+            )
         });
         c.error(self.trains() || self.teacher.is_none(), "teacher", || {
             "is there, but nothing learns from it: set `epochs` above 0".into()

@@ -184,7 +184,7 @@ fn card(name: &str, config: &Value, report: &Value, settings: &Value) -> String 
         model.layers.len(),
         model.storage()
     );
-    text += &made(&origin, report, settings);
+    text += &made(&origin, &model, report, settings);
     text += &table(&origin, name, report);
     text += &model.loading();
     text + &rights(&origin)
@@ -197,6 +197,8 @@ fn metadata(origin: &Origin, model: &Model, name: &str, report: &Value) -> Strin
     let mut tags = vec!["quetsch".to_string()];
     stages.chain(report["stage"].as_str().map(str::to_string)).for_each(|stage| add(&mut tags, stage));
     model.schemes.iter().for_each(|scheme| add(&mut tags, scheme.clone()));
+    let kinds = [("quantized", model.is_quantised()), ("bitsandbytes", model.is_bitsandbytes())];
+    kinds.iter().filter(|(_, holds)| *holds).for_each(|(tag, _)| add(&mut tags, tag.to_string()));
     let mut lines = vec![];
     let mut line = |key: &str, value: Value| lines.push(format!("{key}: {value}"));
     if let Some(license) = &said.license {
@@ -204,6 +206,7 @@ fn metadata(origin: &Origin, model: &Model, name: &str, report: &Value) -> Strin
     }
     if let Some(base) = &said.base_model {
         line("base_model", json!(base));
+        line("base_model_relation", json!(if model.is_quantised() { "quantized" } else { "finetune" }));
     }
     for (key, list) in [("datasets", &said.datasets), ("language", &said.languages), ("tags", &tags)] {
         if !list.is_empty() {
@@ -243,7 +246,7 @@ fn shown_as(key: &str, x: f64) -> String {
     }
 }
 
-fn made(origin: &Origin, report: &Value, settings: &Value) -> String {
+fn made(origin: &Origin, model: &Model, report: &Value, settings: &Value) -> String {
     let mut steps: Vec<String> = origin
         .parents
         .iter()
@@ -254,10 +257,19 @@ fn made(origin: &Origin, report: &Value, settings: &Value) -> String {
         .collect();
     let stage = report["stage"].as_str().unwrap_or("export");
     steps.push(format!("this model ({stage})"));
-    let mut text = format!("## How it was made\n\n{}\n\n", steps.join(" -> "));
+    let version = env!("CARGO_PKG_VERSION");
+    let mut text = format!("## How it was made\n\n{}, by quetsch {version}.\n\n", steps.join(" -> "));
     if let Some(trained_on) = report["trained_on"].as_str() {
         let n = report["data"]["train"].as_u64().map_or(String::new(), |n| format!("{n} texts: "));
         text += &format!("Trained on {n}{trained_on}.\n\n");
+    }
+    let calibration = &report["calibration"];
+    if let (true, Some(n), Some(observer)) =
+        (model.is_static(), calibration["sentences"].as_u64(), calibration["observer"].as_str())
+    {
+        text += &format!(
+            "Ranges of inputs from {n} training texts, observer {observer}; `report.json` lists them.\n\n"
+        );
     }
     let settings: Map<String, Value> = settings
         .as_object()
@@ -266,10 +278,9 @@ fn made(origin: &Origin, report: &Value, settings: &Value) -> String {
         .filter(|(_, v)| !v.is_null())
         .map(|(k, v)| (k.clone(), v.clone()))
         .collect();
-    if let (false, Ok(toml)) = (settings.is_empty(), toml::to_string(&settings)) {
-        text += &format!(
-            "The last step as a section of a recipe:\n\n```toml\n[[stage]]\n[stage.{stage}]\n{toml}```\n\n"
-        );
+    let section = json!({ "stage": [{ stage: settings }] });
+    if let (false, Ok(toml)) = (settings.is_empty(), toml::to_string(&section)) {
+        text += &format!("The last step as a section of a recipe:\n\n```toml\n{toml}```\n\n");
     }
     text
 }
@@ -316,10 +327,28 @@ fn table(origin: &Origin, name: &str, report: &Value) -> String {
         text +=
             &format!("\nMeasured on {n} test examples (blake3 of the file {hash}..); `-`: not measured on them.\n");
     }
+    if let Some(worst) = worst(own) {
+        text += &format!("\nThe label with the lowest F1 is {worst}.\n");
+    }
     if own.is_null() {
         text += "\nThis model was not measured: no test data were given.\n";
     }
     text + "\n"
+}
+
+/// Name and figures of the label that a test finds hardest.
+fn worst(test: &Value) -> Option<String> {
+    let number = |class: &Value, key: &str| class[key].as_f64().unwrap_or_default();
+    let seen = test["per_class"].as_array()?.iter().filter(|c| number(c, "support") > 0.0);
+    let class = seen.min_by(|a, b| number(a, "f1").total_cmp(&number(b, "f1")))?;
+    let shown = |key: &str| percent(number(class, key));
+    Some(format!(
+        "{}: recall {}, F1 {} on {} examples",
+        one_line(class["label"].as_str()?),
+        shown("recall"),
+        shown("f1"),
+        class["support"]
+    ))
 }
 
 fn rights(origin: &Origin) -> String {

@@ -234,7 +234,8 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
     for (i, (name, path)) in plan.models.iter().enumerate() {
         bar.at(i as u64, || name.clone());
         let model = dir::read(path)?;
-        let classifier = Classifier::new(&model, None).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let named = |e| anyhow!("{}: {e}", path.display());
+        let classifier = Classifier::new(&model, None).map_err(named)?;
         if truth.is_none() {
             truth = Some(corpus::read(test.as_ref(), plan.data, (&classifier).into())?);
             gate::sensible(plan.gates, classifier.task())?;
@@ -244,7 +245,7 @@ pub fn compare(plan: &Plan, ui: &Ui) -> Result<Comparison> {
             let what = if classifier.task() != set.task { "task is not that" } else { "labels are not those" };
             bail!("{}: its {what} of {}", path.display(), plan.models[0].1.display());
         }
-        let (examples, logits) = classifier.answers(set, plan.threads)?;
+        let (examples, logits) = classifier.answers(set, plan.threads).map_err(named)?;
         if known.as_ref().is_some_and(|first| first.count() != examples.count()) {
             bail!(
                 "{}: it reads {} words of the data, {} reads {}: their answers do not stand side by side",

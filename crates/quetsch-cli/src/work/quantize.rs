@@ -71,6 +71,13 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
         // Labels of words are not labels of rows.
         let labels = if corpus.train.task.level == Level::Sentence { &corpus.train.labels[..] } else { &[] };
         let rows = calibrate::choose(labels, &encoded.train.encodings, s.calibration);
+        if rows.len() < s.calibration && s.calibrates() {
+            let (id, n) = (job.id, rows.len());
+            ui.note(format!(
+                "{id}: calibrated on all {n} training sentences, `calibration` asks for {}",
+                s.calibration
+            ));
+        }
         let sample: Vec<Encoding> = rows.iter().map(|r| encoded.train.encodings[*r].clone()).collect();
         let mut seen = calibrate::observe(&source, &sample)?;
         if s.equalise {
@@ -132,17 +139,28 @@ pub fn quantize(job: &Job, s: &Quantize, key: &str, ui: &Ui) -> Result<Made> {
     let linears = checkpoint.spec.linears().into_iter();
     let sites: Map<String, Value> =
         linears.map(|(lin, ..)| (quant::site(&checkpoint.spec, lin), json!(scheme(Tensor::W(lin))))).collect();
-    let floats = sites.iter().filter(|(_, s)| matches!(s.as_str(), Some("f32" | "f16" | "bf16")));
-    let float: Vec<_> = floats.map(|(site, _)| site.clone()).collect();
+    let mut by_scheme: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (site, scheme) in &sites {
+        by_scheme.entry(scheme.as_str().unwrap_or_default()).or_default().push(site);
+    }
+    let is_float = |scheme: &str| matches!(scheme, "f32" | "f16" | "bf16");
+    let counts = by_scheme.iter().map(|(scheme, sites)| match is_float(scheme) {
+        true => format!("{} in {scheme} ({})", sites.len(), sites.join(", ")),
+        false => format!("{} in {scheme}", sites.len()),
+    });
     ui.note(format!(
-        "{}: {} of {} linears in {}; in float: {}; word embeddings in {}",
+        "{}: of {} linears {}; word embeddings in {}",
         job.id,
-        sites.len() - float.len(),
         sites.len(),
-        s.quant,
-        if float.is_empty() { "none".into() } else { float.join(", ") },
+        counts.collect::<Vec<_>>().join(", "),
         scheme(Tensor::Word)
     ));
+    if quant::is_mixed(&checkpoint) {
+        ui.warn(format!(
+            "{}: int8 and 4-bit linears in one file: no other program reads that, transformers stops with an error",
+            job.id
+        ));
+    }
     report.insert("embeddings".into(), json!(scheme(Tensor::Word)));
     report.insert("distortion".into(), serde_json::to_value(quant::distortions(&source, &checkpoint)?)?);
     report.insert("sites".into(), Value::Object(sites));

@@ -15,6 +15,9 @@ const LONGEST_PICKLE: usize = 64 << 20;
 
 /// Name, type, shape and byte range of every tensor of the file.
 pub fn tensors(file: &[u8]) -> Result<Found, String> {
+    if !file.starts_with(b"PK") {
+        return Err("no zip archive as torch.save writes it since version 1.6".into());
+    }
     let entries = zip(file)?;
     let one = |ending: &str| {
         let found = entries.iter().find(|(name, _)| name.split_once('/').is_some_and(|(_, rest)| rest == ending));

@@ -55,13 +55,20 @@ impl Shards {
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
+        // Asked first: to open a pipe is to wait for its writer.
+        let kind = std::fs::metadata(&path).map_err(Error::io(&path))?.file_type();
+        if !kind.is_file() {
+            let found = if kind.is_dir() { "a folder" } else { "no regular file" };
+            return Err(Error::file(&path, format!("is {found}, expected a file with weights")));
+        }
         let file = File::open(&path).map_err(Error::io(&path))?;
         // Model files are written whole and renamed into place, never changed where they stand.
         let map = Map::of(&file).map_err(Error::io(&path))?;
-        let is_pickle = path.extension().is_some_and(|e| e == "bin");
-        let found = match is_pickle {
-            true if !map.starts_with(b"PK") => Err(convert(path.parent().unwrap_or(&path))),
-            true => pickle::tensors(&map),
+        let found = match path.extension().is_some_and(|e| e == "bin") {
+            _ if map.starts_with(LFS_POINTER) => {
+                Err("is a Git LFS pointer, not the file it points to: fetch that with `git lfs pull`".into())
+            }
+            true => pickle::tensors(&map).map_err(|e| format!("{e}; {}", convert(path.parent().unwrap_or(&path)))),
             false => header(&map),
         };
         let found = found.map_err(|message| Error::file(&path, message))?;
@@ -105,11 +112,14 @@ impl Shards {
     }
 }
 
-/// What to do with a file that `torch.save` wrote before version 1.6.
+/// How a text begins that git keeps in place of a large file.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
+/// What to do with a pickle that is not read.
 fn convert(dir: &Path) -> String {
     let place = dir.display();
     format!(
-        "no zip archive as torch.save writes it since version 1.6; convert once with: python3 -c \"from transformers \
+        "convert once with: python3 -c \"from transformers \
          import AutoModelForSequenceClassification as M; M.from_pretrained('{place}').save_pretrained('{place}')\" \
          (AutoModel for a bare encoder)"
     )

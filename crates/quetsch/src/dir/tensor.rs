@@ -6,13 +6,14 @@ use super::shards::{Entry, Shards};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::quant::{Absmax, Compute, FourBit, FourBitKind, Int8Input, Int8Rows, Scheme};
+use crate::quant::{self, Absmax, Compute, FourBit, FourBitKind, Int8Input, Int8Rows, Scheme};
 use crate::spec::{Role, TensorDef};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use serde::Deserialize;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::fmt::Debug;
 
 /// Reads the rows of the table and collects everything that is wrong with the file on the way.
 pub struct Reader<'a> {
@@ -101,32 +102,27 @@ impl<'a> Reader<'a> {
     /// What stands beside the integers.
     fn int8_scales(&mut self, def: &TensorDef, entry: &Entry) -> Read<(Vec<f32>, Int8Input)> {
         let module = def.name.trim_end_matches(".weight");
-        let scb = self.f32s(&format!("{module}.SCB"), &def.shape[..1]);
+        let scb = self.magnitudes(&format!("{module}.SCB"), &def.shape[..1]);
         if let Some(format) = self.take(&format!("{module}.weight_format"))
             && self.shards.bytes(format) != [0]
         {
             return Err(format!("{module}.weight_format: {:?}, expected [0] (rows)", self.shards.bytes(format)));
         }
-        expect_shape(&def.name, &int8_shape(def), &entry.shape)?;
+        // As one column, too: linears that stand beside 4-bit ones.
+        if def.role == Role::Embedding || entry.shape != column(def) {
+            expect_shape(&def.name, &int8_shape(def, false), &entry.shape)?;
+        }
         let threshold = self.config.threshold;
         let input = match self.config.sites.get(module) {
             _ if def.role == Role::Embedding => Int8Input::Float,
             Some(Scheme::Int8) => Int8Input::Dynamic,
             Some(Scheme::Int8Weight) => Int8Input::Float,
             Some(Scheme::Int8Static) => {
-                let name = format!("{module}.{INPUT_ABSMAX}");
-                match self.f32s(&name, &[1])?[0] {
-                    absmax if absmax >= 0.0 => Int8Input::Static { absmax },
-                    negative => return Err(format!("{name}: is {negative}, expected 0 or more")),
-                }
+                Int8Input::Static { absmax: self.magnitudes(&format!("{module}.{INPUT_ABSMAX}"), &[1])?[0] }
             }
             _ => Int8Input::Mixed { threshold },
         };
-        let scb = scb?;
-        if let Some(row) = scb.iter().position(|s| *s < 0.0) {
-            return Err(format!("{module}.SCB: row {row} is {}, expected 0 or more", scb[row]));
-        }
-        Ok((scb, input))
+        Ok((scb?, input))
     }
 
     fn four_bit(&mut self, def: &TensorDef, entry: &Entry) -> Read<FourBit> {
@@ -149,7 +145,7 @@ impl<'a> Reader<'a> {
         };
         let state: QuantState = serde_json::from_slice(self.shards.bytes(state))
             .map_err(|e| format!("{name}.{}: {e}", state_key(kind)))?;
-        let wrong = |what: &str, found: &dyn std::fmt::Debug, expected: &dyn std::fmt::Debug| {
+        let wrong = |what: &str, found: &dyn Debug, expected: &dyn Debug| {
             Err(format!("{name}.{}: {what} is {found:?}, expected {expected:?}", state_key(kind)))
         };
         if state.quant_type != kind_name(kind) {
@@ -158,8 +154,8 @@ impl<'a> Reader<'a> {
         if state.shape != def.shape {
             return Err(format!("{name}: expected shape {:?}, found {:?}", def.shape, state.shape));
         }
-        if state.blocksize == 0 || state.blocksize > 1 << 16 {
-            return wrong("blocksize", &state.blocksize, &64);
+        if !BLOCKS.contains(&state.blocksize) {
+            return wrong("blocksize", &state.blocksize, &format_args!("1 to {}", BLOCKS.end()));
         }
         let Some(source) = FloatType::named(&state.dtype) else {
             return wrong("dtype", &state.dtype, &FloatType::ALL.map(FloatType::name));
@@ -173,13 +169,13 @@ impl<'a> Reader<'a> {
         let Some(scales) = scales else { return Err(format!("missing {name}.absmax [{blocks}]")) };
         expect_shape(&format!("{name}.absmax"), &[blocks], &scales.shape)?;
         let absmax = match (scales.dtype, state.nested_blocksize) {
-            (Dtype::F32, None) => Absmax::Plain(self.f32s(&format!("{name}.absmax"), &[blocks])?),
+            (Dtype::F32, None) => Absmax::Plain(self.magnitudes(&format!("{name}.absmax"), &[blocks])?),
             (Dtype::U8, Some(nested_block)) => {
                 let Some(offset) = state.nested_offset.map(|o| o as f32).filter(|o| o.is_finite()) else {
                     return wrong("nested_offset", &state.nested_offset, &"a number");
                 };
-                if nested_block == 0 || nested_block > 1 << 16 {
-                    return wrong("nested_blocksize", &nested_block, &256);
+                if !BLOCKS.contains(&nested_block) {
+                    return wrong("nested_blocksize", &nested_block, &format_args!("1 to {}", BLOCKS.end()));
                 }
                 if state.nested_dtype.as_deref() != Some("float32") {
                     return wrong("nested_dtype", &state.nested_dtype, &"float32");
@@ -187,7 +183,7 @@ impl<'a> Reader<'a> {
                 if nested_absmax.is_none() {
                     return Err(format!("missing {name}.nested_absmax"));
                 }
-                let nested = self.f32s(&format!("{name}.nested_absmax"), &[blocks.div_ceil(nested_block)])?;
+                let nested = self.magnitudes(&format!("{name}.nested_absmax"), &[blocks.div_ceil(nested_block)])?;
                 let codes = self.shards.bytes(scales).to_vec();
                 Absmax::Nested { codes, map: nested_map?, nested_absmax: nested, nested_block, offset }
             }
@@ -202,6 +198,15 @@ impl<'a> Reader<'a> {
             _ => self.config.compute,
         };
         Ok(FourBit { kind, map: map?, packed: vec![], len, block: state.blocksize, absmax, source, compute })
+    }
+
+    /// Largest magnitudes: finite and never negative.
+    fn magnitudes(&mut self, name: &str, shape: &[usize]) -> Read<Vec<f32>> {
+        let data = self.f32s(name, shape)?;
+        match data.iter().position(|x| *x < 0.0) {
+            None => Ok(data),
+            Some(i) => Err(format!("{name}: element {i} is {}, expected 0 or more", data[i])),
+        }
     }
 
     /// A helper entry that must be f32 and finite.
@@ -237,13 +242,18 @@ fn foreign(name: &str) -> bool {
 /// Our own entry beside a static int8 weight: the input's absmax, not divided by 127, as SCB is.
 const INPUT_ABSMAX: &str = "input_absmax";
 
-/// The shape in the file of an int8 tensor. Embedding tables are one column, as all 4-bit tensors are: a loader that
-/// knows only float tables stops at the shape, where the true one would let it read codes as if they were weights.
-fn int8_shape(def: &TensorDef) -> Vec<usize> {
-    match def.role {
-        Role::Embedding => vec![def.len(), 1],
-        _ => def.shape.clone(),
+/// The shape in the file of an int8 tensor. Embedding tables, and linears in a file that has 4-bit ones as well, are one
+/// column, as all 4-bit tensors are: a loader that expects floats there stops at the shape, where the true one would let
+/// it read codes as if they were weights.
+fn int8_shape(def: &TensorDef, is_mixed: bool) -> Vec<usize> {
+    match def.role == Role::Embedding || is_mixed {
+        true => column(def),
+        false => def.shape.clone(),
     }
+}
+
+fn column(def: &TensorDef) -> Vec<usize> {
+    vec![def.len(), 1]
 }
 
 fn expect_shape(name: &str, expected: &[usize], found: &[usize]) -> Read<()> {
@@ -274,6 +284,9 @@ fn kind_name(kind: FourBitKind) -> &'static str {
 fn state_key(kind: FourBitKind) -> String {
     format!("quant_state.bitsandbytes__{}", kind_name(kind))
 }
+
+/// Elements of a block, as far as there are such files.
+const BLOCKS: std::ops::RangeInclusive<usize> = 1..=1 << 16;
 
 /// The JSON beside a 4-bit weight; its loader takes no other key, so neither does this one.
 #[derive(Deserialize)]
@@ -374,9 +387,10 @@ fn u8_row<'a>(shape: Vec<usize>, bytes: impl Into<Cow<'a, [u8]>>) -> Row<'a> {
 
 /// The bytes of `model.safetensors`.
 pub fn serialize(ck: &Checkpoint) -> Result<Vec<u8>> {
+    let is_mixed = quant::is_mixed(ck);
     let mut rows: Vec<(String, Row)> = vec![];
     for (def, stored) in ck.tensors() {
-        let int8_shape = int8_shape(&def);
+        let int8_shape = int8_shape(&def, is_mixed);
         let (name, shape) = (def.name, def.shape);
         match stored {
             Stored::Float { dtype, data } => {

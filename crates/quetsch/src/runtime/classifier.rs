@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::spec::ModelSpec;
 use crate::task::{Level, Task};
 use crate::tokenizer::Tokenizer;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Text in, logits out.
 pub struct Classifier {
@@ -17,6 +17,8 @@ pub struct Classifier {
     labels: Vec<String>,
     task: Task,
     max_length: usize,
+    /// Where it was read, for messages.
+    path: Option<PathBuf>,
 }
 
 impl Classifier {
@@ -45,7 +47,8 @@ impl Classifier {
             (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         });
         let (model, tokenizer) = (model?, tokenizer.map_err(|e| Error::file(path, e.to_string()))?);
-        Ok(Classifier::assemble(model, tokenizer, labels, task, max_length))
+        let classifier = Classifier::assemble(model, tokenizer, labels, task, max_length);
+        Ok(Classifier { path: Some(path.to_owned()), ..classifier })
     }
 
     /// As [`Classifier::load`], from a directory that is in memory.
@@ -68,7 +71,7 @@ impl Classifier {
         max_length: Option<usize>,
     ) -> Classifier {
         let max_length = max_length.unwrap_or(256).min(model.spec().longest());
-        Classifier { model, tokenizer, labels, task, max_length }
+        Classifier { model, tokenizer, labels, task, max_length, path: None }
     }
 
     /// What it is asked.
@@ -108,7 +111,7 @@ impl Classifier {
     /// `[tokens, labels]` of a model that answers for words, see [`Classifier::words`].
     ///
     /// # Errors
-    /// A tokeniser that cannot encode, or ids that the model does not have.
+    /// A tokeniser that cannot encode, ids that the model does not have, or an answer that is no number.
     pub fn logits<T: AsRef<str> + Sync>(&self, texts: &[T], threads: usize) -> Result<Vec<f32>> {
         self.logits_in(&Session::new(threads), texts)
     }
@@ -118,7 +121,38 @@ impl Classifier {
     /// # Errors
     /// As [`Classifier::logits`].
     pub fn logits_in<T: AsRef<str> + Sync>(&self, session: &Session, texts: &[T]) -> Result<Vec<f32>> {
-        session.logits(&self.model, &self.encode(texts, session.threads())?)
+        self.logits_from(session, texts, 0)
+    }
+
+    /// As [`Classifier::logits_in`], of texts that `first` others stand before.
+    pub(super) fn logits_from<T: AsRef<str> + Sync>(
+        &self,
+        session: &Session,
+        texts: &[T],
+        first: usize,
+    ) -> Result<Vec<f32>> {
+        let encodings = self.encode(texts, session.threads())?;
+        self.finite(session.logits(&self.model, &encodings)?, &encodings, first)
+    }
+
+    /// The output `[texts, labels]` or `[tokens, labels]` of these sentences, if all of it is finite: finite weights can be
+    /// so large that their sums are not. `first` sentences stand before them.
+    fn finite(&self, output: Vec<f32>, encodings: &[Encoding], first: usize) -> Result<Vec<f32>> {
+        let Some(at) = output.iter().position(|x| !x.is_finite()) else { return Ok(output) };
+        let (mut row, mut text) = (at / self.labels.len(), 0);
+        let rows = |text: usize| if self.task.level == Level::Sentence { 1 } else { encodings[text].ids.len() };
+        while row >= rows(text) {
+            row -= rows(text);
+            text += 1;
+        }
+        let message = format!(
+            "the answer to text {} is {} for label {}, expected a finite number: some weights or scales of the model \
+             are too large",
+            first + text + 1,
+            output[at],
+            self.labels[at % self.labels.len()]
+        );
+        Err(self.path.as_ref().map_or_else(|| Error::invalid(&message), |path| Error::file(path, &message)))
     }
 
     /// A labelled set as this model reads it, and the logits `[units, labels]` on it.
@@ -127,7 +161,9 @@ impl Classifier {
     /// As [`Classifier::logits`], but for the words.
     pub fn answers(&self, set: &Dataset, threads: usize) -> Result<(Examples, Vec<f32>)> {
         let examples = Examples::read(set, &self.tokenizer, self.max_length, threads)?;
-        let logits = self.model.answers(&examples.encodings, &examples.units, threads)?;
+        let output = self.finite(self.model.logits(&examples.encodings, threads)?, &examples.encodings, 0)?;
+        let tokens = examples.encodings.iter().map(|e| e.ids.len());
+        let logits = examples.units.gather(output, self.labels.len(), tokens);
         Ok((examples, logits))
     }
 
@@ -141,7 +177,7 @@ impl Classifier {
         }
         let read = self.tokenizer.encode_words_all(sentences, self.max_length, threads)?;
         let (encodings, places): (Vec<_>, Vec<_>) = read.into_iter().unzip();
-        let output = self.model.logits(&encodings, threads)?;
+        let output = self.finite(self.model.logits(&encodings, threads)?, &encodings, 0)?;
         let (width, mut start) = (self.labels.len(), 0);
         let mut answers = vec![];
         for (encoding, places) in encodings.iter().zip(places) {

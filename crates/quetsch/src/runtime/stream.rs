@@ -24,23 +24,26 @@ pub fn stream<A: Send, E: From<Error>>(
     mut out: impl FnMut(A) -> std::result::Result<(), E>,
 ) -> std::result::Result<(), E> {
     let ahead = 4 * threads.max(1);
-    let feed = Mutex::new((texts, 0));
+    // The texts to come, the parts and the texts that are gone.
+    let feed = Mutex::new((texts, 0, 0));
     let (written, moved) = (Mutex::new(0), Condvar::new());
     let (send, receive) = mpsc::channel();
     let lock = |m| -> std::sync::MutexGuard<usize> { Mutex::lock(m).unwrap_or_else(PoisonError::into_inner) };
     let work = |send: mpsc::Sender<(usize, Result<A>)>| {
         let session = Session::new(1);
         loop {
-            let (part, texts) = {
+            let (part, first, texts) = {
                 let mut feed = feed.lock().unwrap_or_else(PoisonError::into_inner);
                 let Some(texts) = feed.0.part(PART).transpose() else { return };
+                let (part, first) = (feed.1, feed.2);
                 feed.1 += 1;
-                (feed.1 - 1, texts)
+                feed.2 += texts.as_ref().map_or(0, Vec::len);
+                (part, first, texts)
             };
             let far = |written: &mut usize| part >= written.saturating_add(ahead);
             drop(moved.wait_while(lock(&written), far).unwrap_or_else(PoisonError::into_inner));
             let answered = texts.and_then(|texts| {
-                let logits = classifier.logits_in(&session, &texts)?;
+                let logits = classifier.logits_from(&session, &texts, first)?;
                 Ok(answer(texts, logits))
             });
             if send.send((part, answered)).is_err() {

@@ -90,7 +90,28 @@ impl Model {
     /// Whether transformers loads it with its own classes, and computes with what is stored.
     pub fn is_stock(&self) -> bool {
         let shapes = !self.has_cut_heads() && !self.is_uneven() && !self.is_student();
-        (shapes || self.code) && self.tables.is_empty() && self.own_schemes().is_empty()
+        (shapes || self.code) && (!self.is_quantised() || self.is_bitsandbytes())
+    }
+
+    /// Whether inputs have ranges that were found by calibration.
+    pub fn is_static(&self) -> bool {
+        self.schemes.iter().any(|scheme| scheme == "int8-static")
+    }
+
+    /// Whether any weight is quantised.
+    pub fn is_quantised(&self) -> bool {
+        !self.schemes.is_empty() || !self.tables.is_empty()
+    }
+
+    /// Whether bitsandbytes reads all that is quantised, and computes it so.
+    pub fn is_bitsandbytes(&self) -> bool {
+        !self.schemes.is_empty() && self.tables.is_empty() && self.own_schemes().is_empty() && !self.is_mixed()
+    }
+
+    /// Whether int8 and 4-bit linears stand in one file.
+    fn is_mixed(&self) -> bool {
+        let four = self.schemes.iter().filter(|s| matches!(s.as_str(), "nf4" | "fp4")).count();
+        four > 0 && four < self.schemes.len()
     }
 
     /// Schemes of ours that bitsandbytes computes otherwise.
@@ -124,7 +145,7 @@ impl Model {
                  --model DIR --to hf --layout dense --out NEW` writes the parts that were cut back as zeros."
                     .to_string(),
             );
-        } else if self.tables.is_empty() {
+        } else if self.tables.is_empty() && !self.is_mixed() {
             text += &format!("    {class}.from_pretrained(DIR)   # transformers\n\n");
             if self.has_cut_heads() {
                 hints.push(
@@ -134,7 +155,13 @@ impl Model {
                 );
             }
         }
-        if !self.schemes.is_empty() {
+        if self.is_mixed() {
+            hints.push(
+                "No other program reads int8 and 4-bit linears in one file: `quetsch export --to bnb-int8` (or `bnb-nf4`) \
+                 writes all in one scheme."
+                    .to_string(),
+            );
+        } else if !self.schemes.is_empty() {
             hints.push("transformers needs bitsandbytes for the quantised linears.".to_string());
         }
         let own = self.own_schemes();
@@ -194,6 +221,11 @@ mod tests {
             (json!({ "auto_map": {} }), "from_pretrained(DIR, trust_remote_code=True)", "--layout"),
             (json!({ "quetsch": { "sites": { "classifier": "nf4" } } }), "needs bitsandbytes", "LLM.int8()"),
             (json!({ "quetsch": { "sites": { "classifier": "int8" } } }), "as LLM.int8()", "No other program"),
+            (
+                json!({ "quetsch": { "sites": { "classifier": "bnb-int8", "bert.pooler.dense": "nf4" } } }),
+                "No other program reads int8 and 4-bit",
+                "from_pretrained(DIR)",
+            ),
             (
                 json!({ "quetsch": { "sites": { "bert.embeddings.word_embeddings": "int8" } } }),
                 "No other program",

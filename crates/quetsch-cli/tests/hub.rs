@@ -415,7 +415,7 @@ fn data_sets_are_read_from_the_hubs_parquet() {
     let card = String::from_utf8(place.read("trained/README.md")).expect("UTF-8");
     let a = commit('a');
     for part in [
-        "base_model: \"org/tiny\"\ndatasets: [\"org/intents\"]",
+        "base_model: \"org/tiny\"\nbase_model_relation: \"finetune\"\ndatasets: [\"org/intents\"]",
         "\"dataset\":{\"type\":\"org/intents\"",
         &format!("- made from org/tiny (commit {a}), whose card states the licence apache-2.0\n"),
         &format!("- trained on org/intents (commit {})\n", commit('e')),

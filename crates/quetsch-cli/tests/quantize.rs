@@ -22,7 +22,9 @@ fn logits(place: &Place, model: &str) -> Vec<f64> {
 #[test]
 fn training_with_quantised_weights_comes_nearer_to_the_float_model() {
     let place = Place::new();
-    place.write("texts.txt", b"i lost my card now\nset a new pin hello\ncharged two times today\n");
+    let rows = String::from_utf8(place.read("train.csv")).expect("UTF-8");
+    let texts: Vec<&str> = rows.lines().skip(1).filter_map(|row| Some(row.rsplit_once(',')?.0)).collect();
+    place.write("texts.txt", texts.join("\n").as_bytes());
     place.ok("train --model model --train train.csv --epochs 30 --learning-rate 1e-3 --out float");
     let float = logits(&place, "float");
     let distance =
@@ -35,6 +37,7 @@ fn training_with_quantised_weights_comes_nearer_to_the_float_model() {
         place.ok(&line);
         place.ok(&format!("{line}-qat {qat}"));
         let (before, after) = (distance(scheme), distance(&format!("{scheme}-qat")));
+        println!("{scheme}: {before} -> {after}");
         assert!(after < before, "{scheme}: {before} -> {after}");
         let report = json(&place.read(&format!("{scheme}-qat/report.json")));
         assert_eq!(report["sites"]["layer.0.query"], scheme);
@@ -299,7 +302,7 @@ fn a_dense_export_is_made_compact_again() {
     assert_eq!(json(&place.read("again/config.json")), json(&place.read("compact/config.json")));
     place.ok("quantize --model model --quant bnb-int8 --out eight");
     place.ok("export --model eight --to bnb-int8 --layout dense --out eight-dense");
-    place.ok("export --model eight-dense --to bnb-int8 --out eight-again");
+    place.ok("export --model eight-dense --to bnb-int8 --layout compact --out eight-again");
     assert_eq!(place.read("eight-again/model.safetensors"), place.read("eight/model.safetensors"));
 }
 

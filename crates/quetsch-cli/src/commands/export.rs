@@ -35,8 +35,8 @@ pub struct Export {
     /// What reads it
     #[arg(long, value_enum)]
     to: Target,
-    /// Pruned shapes as they are, or written back to the original shape with zeros
-    #[arg(long, value_enum, default_value_t = Layout::Compact)]
+    /// Where pruned heads and channels are
+    #[arg(long, value_enum, default_value_t = Layout::AsIs)]
     layout: Layout,
     /// Labelled texts that the model was neither trained nor is measured on: one temperature is fitted on them and
     /// divided into the last linear, so that every program gives calibrated probabilities
@@ -90,11 +90,13 @@ impl Target {
 /// Where pruned heads and channels are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Layout {
-    /// Gone: the smallest files; pruned heads are named in config.json
+    /// Where they are in the model; pruned heads are named in config.json
+    AsIs,
+    /// Gone, those too that are there as zeros: the smallest files
     Compact,
     /// Back as zeros: loads as a plain BERT, computes the same
     Dense,
-    /// As compact, with Python code beside the weights: loads where `trust_remote_code=True` lets it run
+    /// As is, with Python code beside the weights: loads where `trust_remote_code=True` lets it run
     RemoteCode,
 }
 
@@ -227,7 +229,8 @@ pub fn run(e: &Export, ui: &Ui) -> Result<()> {
     let stored = &model.checkpoint;
     let laid_out = match e.layout {
         Layout::Dense => dense(stored)?,
-        Layout::Compact | Layout::RemoteCode => taken_out(stored, ui)?,
+        Layout::Compact => taken_out(stored, ui)?,
+        Layout::AsIs | Layout::RemoteCode => stored.clone(),
     };
     model.checkpoint = match e.to.scheme(stored) {
         Some(scheme) => store_as(stored, laid_out, scheme, ui)?,

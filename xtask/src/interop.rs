@@ -29,6 +29,7 @@ enum Near {
 // docs/numerics.md has the reasons.
 const FLOAT: Near = Near::Within(1e-4);
 const BF16: Near = Near::Within(3.2e-2);
+const F16: Near = Near::Within(4e-3);
 
 struct Python {
     program: PathBuf,
@@ -176,6 +177,8 @@ fn golden(out: &Path) -> Result<Vec<Case>> {
         ("families/roberta", FLOAT, false),
         ("families/xlm_roberta", FLOAT, false),
         ("families/electra", FLOAT, false),
+        ("families/camembert", FLOAT, false),
+        ("families/chinese_bert", FLOAT, false),
         ("bnb/int8", Near::Integers, true),
         // Its skip list is null, which transformers 5 takes for other layers than 4.57 does.
         ("bnb/nf4", BF16, false),
@@ -239,13 +242,14 @@ fn written(out: &Path) -> Result<Vec<Case>> {
         let float = if model == "bert" { "bert-pruned-dense-hf" } else { "student-pruned-dense-hf" };
         let dense = out.join(float);
         let dense = dense.to_string_lossy();
-        let schemes: [(&str, &[&str], Near); 8] = [
+        let schemes: [(&str, &[&str], Near); 9] = [
             ("f16", &[], FLOAT),
             ("bf16", &[], FLOAT),
             ("int8", &[], Near::Integers),
             ("int8-weight", &[], Near::Integers),
             ("fp4", &[], BF16),
             ("nf4", &["--compute", "f32"], FLOAT),
+            ("nf4", &["--compute", "f16"], F16),
             ("nf4", &["--no-double-quant"], BF16),
             ("bnb-int8", &["--keep", "none"], Near::Integers),
         ];
@@ -258,7 +262,7 @@ fn written(out: &Path) -> Result<Vec<Case>> {
             cases.push(Case { name, dir, ours, near, remote: false, five: true });
         }
     }
-    for family in ["distilbert", "roberta", "electra"] {
+    for family in ["distilbert", "roberta", "electra", "camembert", "chinese_bert"] {
         let fixture = crate::root().join("fixtures/families").join(family);
         let source = fixture.to_string_lossy();
         let pruned = format!("{family}-uneven");

@@ -191,6 +191,8 @@ fn outlier_columns_are_counted_and_their_threshold_is_a_setting() {
 fn types_of_4_bit_weights_are_settings() {
     let place = Place::new();
     place.ok("quantize --model model --quant nf4 --compute f16 --source-dtype bf16 --out made");
+    place.ok("quantize --model model --quant nf4 --compute-dtype float16 --source-dtype bfloat16 --out known");
+    assert_eq!(place.read("known/config.json"), place.read("made/config.json"), "as bitsandbytes has it");
     place.ok("quantize --model model --quant bf16 --out bf16");
     place.ok("quantize --model bf16 --quant nf4 --out stepwise");
     let config = json(&place.read("made/config.json"));

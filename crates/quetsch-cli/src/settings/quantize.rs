@@ -94,10 +94,13 @@ impl Recovery {
 #[serde(rename_all = "kebab-case")]
 pub enum Float {
     /// bfloat16.
+    #[value(alias = "bfloat16")]
     Bf16,
     /// IEEE half precision.
+    #[value(alias = "float16")]
     F16,
     /// f32.
+    #[value(alias = "float32")]
     F32,
 }
 
@@ -157,7 +160,7 @@ pub struct Quantize {
     #[arg(long)]
     pub no_double_quant: bool,
     /// 4-bit: what to multiply in; inputs, weights and results are rounded to it, sums are f32
-    #[arg(long, value_enum, default_value_t = Quantize::default().compute)]
+    #[arg(long, alias = "compute-dtype", value_enum, default_value_t = Quantize::default().compute)]
     pub compute: Float,
     /// 4-bit: the type that weights are rounded to first and decoded to [default: the one that the model stores]
     #[arg(long, value_enum)]
@@ -174,7 +177,7 @@ pub struct Quantize {
     #[arg(long, value_name = "OBSERVER", default_value_t = Quantize::default().observer)]
     pub observer: String,
     /// Even out the channels between values and attention output first: exact in float, better in integers
-    #[arg(long)]
+    #[arg(long, alias = "equalize")]
     pub equalise: bool,
     /// `keep = auto`: points of accuracy on validation data that quantising may cost
     #[arg(long, value_name = "POINTS", default_value_t = Quantize::default().budget)]

@@ -15,6 +15,8 @@ mod work;
 #[cfg(feature = "hub")]
 #[doc(hidden)]
 pub use hub::fetch_from;
+#[doc(hidden)]
+pub use work::{card, folds};
 
 use std::process::ExitCode;
 

@@ -11,8 +11,11 @@ use quetsch::runtime::{Model, Workspace};
 use quetsch::spec::{Activation, Family, HeadSpec, LayerShape, ModelSpec};
 use quetsch::tokenizer::TokenizerFiles;
 use quetsch_kernels::watch::Watched;
+use quetsch_serve::{Config, Listening, ModelSource, serve};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use tokio::sync::Notify;
 
 /// Bytes that nothing read here may need at once.
 const MOST: usize = 64 << 20;
@@ -34,6 +37,20 @@ pub fn folder() -> PathBuf {
     folder
 }
 
+/// A line between the parts of an input.
+pub const BETWEEN: &str = "\n%%\n";
+
+/// The parts of an input between lines of `%%`.
+pub fn parts(mut data: &[u8]) -> Vec<&[u8]> {
+    let mut parts = vec![];
+    while let Some(at) = data.windows(BETWEEN.len()).position(|w| w == BETWEEN.as_bytes()) {
+        parts.push(&data[..at]);
+        data = &data[at + BETWEEN.len()..];
+    }
+    parts.push(data);
+    parts
+}
+
 /// Panics of a library are not findings if the reader makes errors of them: whoever lets one through ends the process
 /// all the same.
 pub fn allow_panics_of(library: &'static str) {
@@ -53,6 +70,25 @@ pub fn seeds(make: impl FnOnce() -> Vec<Vec<u8>>) {
         fs::write(place.join(format!("seed-{i:03}")), seed).expect("a seed");
     }
     std::process::exit(0);
+}
+
+/// A server on loopback, HTTP and gRPC, with the models `tiny` and `bert`; soon ready.
+pub fn server() -> Listening {
+    let fixtures = root().join("fixtures");
+    let source = |name: &str, dir: &str| ModelSource { name: name.into(), path: fixtures.join(dir) };
+    let mut config = Config::new(vec![source("tiny", "tiny_student"), source("bert", "tiny_bert")]);
+    (config.port, config.grpc_port, config.threads) = (0, Some(0), 1);
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let listening = move |at| tell.send(at).expect("somebody waits");
+        let forever = std::future::pending();
+        runtime
+            .expect("a runtime")
+            .block_on(serve(config, listening, forever, Arc::new(Notify::new())))
+            .expect("no end");
+    });
+    told.recv().expect("addresses")
 }
 
 /// A model of some 400 parameters: uneven layers, one of them without heads.

@@ -4,35 +4,30 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use quetsch_serve::{Config, ModelSource, serve};
+use quetsch_fuzz::server;
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::{Arc, LazyLock, Mutex, mpsc};
-use tokio::sync::Notify;
+use std::sync::{LazyLock, Mutex};
+use std::time::Duration;
 
-const PATHS: [&str; 6] =
-    ["/predict", "/", "/invocations", "/classify", "/v2/models/tiny/infer", "/v2/models/bert/versions/1/infer"];
+/// Every route that reads a body, with the word by which a seed for it is known.
+const ROUTES: [(&str, &str); 8] = [
+    ("/predict", "inputs"),
+    ("/", "inputs"),
+    ("/invocations", "inputs"),
+    ("/classify", "\"input\""),
+    ("/v2/models/tiny/infer", "datatype"),
+    ("/v2/models/bert/versions/1/infer", "datatype"),
+    ("/v1/classify", "\"input\""),
+    ("/v2/models/bert/infer", "datatype"),
+];
 
 static ADDRESS: LazyLock<SocketAddr> = LazyLock::new(|| {
-    let fixtures = quetsch_fuzz::root().join("fixtures");
-    let source = |name: &str, dir: &str| ModelSource { name: name.into(), path: fixtures.join(dir) };
-    let mut config = Config::new(vec![source("tiny", "tiny_student"), source("bert", "tiny_bert")]);
-    (config.port, config.threads) = (0, 1);
-    let (tell, told) = mpsc::channel();
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-        let listening = move |at: quetsch_serve::Listening| tell.send(at.http).expect("somebody waits");
-        let forever = std::future::pending();
-        runtime
-            .expect("a runtime")
-            .block_on(serve(config, listening, forever, Arc::new(Notify::new())))
-            .expect("no end");
-    });
-    let address = told.recv().expect("an address");
+    let address = server().http;
     while send(&mut connect(address), address, "GET", "/health", "", b"").0 != 200 {
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
     address
 });
@@ -88,7 +83,7 @@ fuzz_target!(
             // 0 to 255 are lengths that fit a seed.
             n => format!("Inference-Header-Content-Length: {}\r\nContent-Type: application/json\r\n", n - 1),
         };
-        let path = PATHS[*route as usize % PATHS.len()];
+        let path = ROUTES[*route as usize % ROUTES.len()].0;
         let mut client = CLIENT.lock().expect("one thread");
         let (status, answer) = send(&mut client, *ADDRESS, "POST", path, &headers, body);
         assert!(status < 500, "{path} {status}: {}", String::from_utf8_lossy(&answer));
@@ -105,16 +100,8 @@ fn seeds() -> Vec<Vec<u8>> {
     let mut bodies = vec![];
     collect(&requests, &mut bodies);
     for body in bodies {
-        for route in 0..PATHS.len() as u8 {
-            if body.contains(if route < 3 {
-                "inputs"
-            } else if route == 3 {
-                "\"input\""
-            } else {
-                "datatype"
-            }) {
-                seeds.push([&[route, 0], body.as_bytes()].concat());
-            }
+        for (route, _) in ROUTES.iter().enumerate().filter(|(_, (_, word))| body.contains(word)) {
+            seeds.push([&[route as u8, 0], body.as_bytes()].concat());
         }
     }
     let binary = |json: &str, bytes: &[u8]| [&[4, json.len() as u8 + 1], json.as_bytes(), bytes].concat();

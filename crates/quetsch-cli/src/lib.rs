@@ -1,5 +1,5 @@
 //! The `quetsch` program: distil, prune, quantise, compare and run BERT-style text classifiers. A library only so that
-//! fuzz targets reach the readers of recipes; [`main`] is all of it that `src/main.rs` needs.
+//! fuzz targets reach its readers; [`main`] is all of it that `src/main.rs` needs.
 
 mod args;
 mod commands;
@@ -11,6 +11,12 @@ mod settings;
 mod ui;
 mod values;
 mod work;
+
+#[cfg(feature = "hub")]
+#[doc(hidden)]
+pub use hub::fetch_from;
+#[doc(hidden)]
+pub use work::{card, folds};
 
 use std::process::ExitCode;
 

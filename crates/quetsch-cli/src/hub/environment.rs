@@ -1,8 +1,10 @@
 //! The environment variables of Hugging Face's own tools, with their meanings.
 
 use crate::exit::usage;
+use crate::ui::Ui;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What the environment says about the hub.
 #[derive(Clone)]
@@ -15,9 +17,17 @@ pub struct Environment {
     pub offline: bool,
     /// The token that is sent to the endpoint.
     pub token: Option<String>,
+    /// How to wait before another try.
+    pub sleep: fn(Duration),
 }
 
 impl Environment {
+    /// Of this process.
+    pub fn of_process(ui: &Ui) -> Result<Environment> {
+        let env = Environment::read(|name| std::env::var(name).ok())?;
+        Ok(Environment { offline: env.offline || ui.offline, ..env })
+    }
+
     /// From variables.
     pub fn read(var: impl Fn(&str) -> Option<String>) -> Result<Environment> {
         let var = |name: &str| var(name).filter(|v| !v.trim().is_empty());
@@ -49,7 +59,7 @@ impl Environment {
             return Err(usage("the token of HF_TOKEN or HF_TOKEN_PATH has characters that no token has"));
         }
         let offline = is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE");
-        Ok(Environment { endpoint, cache, offline, token })
+        Ok(Environment { endpoint, cache, offline, token, sleep: std::thread::sleep })
     }
 
     /// Whether what is sent to the endpoint can be read on the way.

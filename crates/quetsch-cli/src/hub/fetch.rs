@@ -5,9 +5,10 @@ use super::choose::{self, Get};
 use super::environment::Environment;
 use super::name::{Repo, Split};
 use super::wire::{NotFound, Wire};
+use crate::args::Format;
 use crate::ui::Ui;
-use anyhow::{Result, bail};
-use std::path::PathBuf;
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
 
 /// The branch that a repository without a named revision is read at.
 const MAIN: &str = "main";
@@ -16,16 +17,40 @@ const CONVERTED: &str = "refs/convert/parquet";
 
 /// The folder of a model.
 pub fn model(repo: Repo, ui: &Ui) -> Result<PathBuf> {
-    let revision = repo.revision.clone().unwrap_or_else(|| MAIN.into());
-    let visit = Visit::new(&repo, ui)?;
-    let (folder, ()) = visit.run(&revision, |names, get| choose::model(&repo, names, get))?;
-    Ok(folder)
+    model_of(repo, Environment::of_process(ui)?, ui)
 }
 
 /// The file, or the pattern of the files, of a part of a data set.
 pub fn dataset(repo: Repo, part: Option<Split>, default: &str, ui: &Ui) -> Result<PathBuf> {
     let part = part.unwrap_or_else(|| Split { config: None, split: default.to_string() });
-    let visit = Visit::new(&repo, ui)?;
+    dataset_of(repo, part, Environment::of_process(ui)?, ui)
+}
+
+/// The model (`hf:ORG/NAME`) or the data (`hf:ORG/NAME:SPLIT`) of a hub, fetched into a cache without waiting between
+/// tries: for the fuzz target.
+///
+/// # Errors
+/// As [`super::model`].
+#[doc(hidden)]
+pub fn fetch_from(endpoint: &str, cache: &Path, name: &str) -> Result<PathBuf> {
+    let (endpoint, cache) = (endpoint.to_owned(), cache.to_owned());
+    let env = Environment { endpoint, cache, offline: false, token: None, sleep: drop };
+    let ui = Ui::new(Format::Human, true, true, Some(1));
+    match Repo::dataset(name)? {
+        Some((repo, Some(part))) => dataset_of(repo, part, env, &ui),
+        _ => model_of(Repo::model(name)?.with_context(|| format!("{name} is here"))?, env, &ui),
+    }
+}
+
+fn model_of(repo: Repo, env: Environment, ui: &Ui) -> Result<PathBuf> {
+    let revision = repo.revision.clone().unwrap_or_else(|| MAIN.into());
+    let visit = Visit::new(&repo, env, ui);
+    let (folder, ()) = visit.run(&revision, |names, get| choose::model(&repo, names, get))?;
+    Ok(folder)
+}
+
+fn dataset_of(repo: Repo, part: Split, env: Environment, ui: &Ui) -> Result<PathBuf> {
+    let visit = Visit::new(&repo, env, ui);
     let at = |revision: &str, converted: bool| -> Result<PathBuf> {
         let pick = |names: &[String], get: Get| choose::dataset(&repo, names, &part, converted, get);
         let (folder, pattern) = visit.run(revision, pick)?;
@@ -53,11 +78,9 @@ struct Visit<'a> {
 }
 
 impl<'a> Visit<'a> {
-    fn new(repo: &'a Repo, ui: &'a Ui) -> Result<Visit<'a>> {
-        let mut env = Environment::read(|name| std::env::var(name).ok())?;
-        env.offline |= ui.offline;
+    fn new(repo: &'a Repo, env: Environment, ui: &'a Ui) -> Visit<'a> {
         let cache = Cache::new(&env.cache, repo);
-        Ok(Visit { repo, env, cache, ui })
+        Visit { repo, env, cache, ui }
     }
 
     /// Whether a revision was read before.
@@ -130,5 +153,49 @@ impl<'a> Visit<'a> {
             ),
         };
         pick(names, &mut get)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    /// What a hub leads to whose file of 6 bytes comes as these bodies, one after the other and again.
+    fn error_of(bodies: &'static [&'static str]) -> String {
+        const LISTING: &str = r#"{"sha": "0123456789abcdef0123456789abcdef01234567",
+            "siblings": [{"rfilename": "config.json"}, {"rfilename": "model.safetensors"}]}"#;
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
+        let mut bodies = bodies.iter().cycle();
+        let mut answer = move |stream: TcpStream| {
+            let mut stream = BufReader::new(stream);
+            let mut request = String::new();
+            while !request.ends_with("\r\n\r\n") {
+                assert!(stream.read_line(&mut request).expect("a request") > 0);
+            }
+            let (size, body) = match &request[..4] {
+                "HEAD" => (6, ""),
+                _ if request.starts_with("GET /api") => (LISTING.len(), LISTING),
+                _ => bodies.next().map(|b| (b.len().max(6), *b)).expect("a body"),
+            };
+            let head = format!("HTTP/1.1 200 OK\r\nETag: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n");
+            stream.get_mut().write_all(&[head, body.into()].concat().into_bytes()).expect("a client");
+        };
+        std::thread::spawn(move || listener.incoming().flatten().for_each(&mut answer));
+        let cache = tempfile::tempdir().expect("a folder");
+        let found = fetch_from(&endpoint, cache.path(), "hf:org/tiny");
+        format!("{:#}", found.expect_err("no such file"))
+    }
+
+    /// Both were asked for without end.
+    #[test]
+    fn a_file_that_never_is_whole_is_an_error() {
+        for (bodies, word) in [(&["seven b"][..], "more than the 6 bytes"), (&["abc", "ab"], "of 6 bytes are here")]
+        {
+            let error = error_of(bodies);
+            assert!(error.contains(word), "{bodies:?}: {error}");
+        }
     }
 }

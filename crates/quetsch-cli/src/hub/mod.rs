@@ -18,6 +18,9 @@ mod name;
 #[cfg(feature = "hub")]
 mod wire;
 
+#[cfg(feature = "hub")]
+pub use fetch::fetch_from;
+
 use crate::settings::Data;
 use crate::ui::Ui;
 use anyhow::Result;

@@ -189,7 +189,7 @@ impl<'a> Wire<'a> {
         let mut file = file.with_context(cannot)?;
         let mut bar = self.ui.bar(facts.size / 1_000_000, "download");
         let mut resumed = file.metadata().with_context(cannot)?.len() > 0;
-        let mut tries = 0;
+        let (mut most, mut tries) = (0, 0);
         loop {
             let before = file.metadata().with_context(cannot)?.len();
             if before > facts.size {
@@ -213,23 +213,35 @@ impl<'a> Wire<'a> {
                             );
                         }
                         // What an earlier run had left was of something else: once more from the start.
+                        most = 0;
                         continue;
                     }
                 }
             }
-            let broken = match self.part(url, &mut file, before, facts.size, what, &mut bar) {
-                Ok(()) if file.metadata().with_context(cannot)?.len() == facts.size => continue,
+            let part = self.part(url, &mut file, before, facts.size, what, &mut bar);
+            let there = file.metadata().with_context(cannot)?.len();
+            if there > facts.size {
+                let _ = std::fs::remove_file(&partial); // that there is too much is the error to report
+                bail!(
+                    "{what}: more than the {} bytes that were promised; nothing was kept. Try again, or another mirror \
+                     (HF_ENDPOINT, now {})",
+                    facts.size,
+                    self.env.endpoint
+                );
+            }
+            let broken = match part {
+                Ok(()) if there == facts.size => continue,
                 Ok(()) => Refused { error: anyhow!("{what}: the connection ended early"), again: Some(None) },
                 Err(refused) => refused,
             };
-            if file.metadata().with_context(cannot)?.len() > before {
-                tries = 0;
+            // A server that starts over, a byte more and a byte less, gets nowhere.
+            if there > most {
+                (most, tries) = (there, 0);
             }
             tries += 1;
             match broken.again {
-                Some(wait) if tries < TRIES => pause(tries, wait, &broken.error)?,
+                Some(wait) if tries < TRIES => self.pause(tries, wait, &broken.error)?,
                 _ => {
-                    let there = file.metadata().with_context(cannot)?.len();
                     return Err(broken.error.context(format!(
                         "{what}: {there} of {} bytes are here; the same command goes on from there",
                         facts.size
@@ -289,7 +301,9 @@ impl<'a> Wire<'a> {
         for tried in 1.. {
             match ask() {
                 Ok(response) => return Ok(response),
-                Err(Refused { again: Some(wait), error, .. }) if tried < TRIES => pause(tried, wait, &error)?,
+                Err(Refused { again: Some(wait), error, .. }) if tried < TRIES => {
+                    self.pause(tried, wait, &error)?
+                }
                 Err(Refused { error, .. }) => return Err(error),
             }
         }
@@ -388,15 +402,15 @@ impl<'a> Wire<'a> {
         let again = (passing && seconds.is_none_or(|s| s <= LONGEST_WAIT)).then_some(seconds);
         Refused { error, again }
     }
-}
 
-/// Waits before another try: as long as the server says, else twice as long each time.
-fn pause(tried: u32, asked: Option<Duration>, why: &anyhow::Error) -> Result<()> {
-    let wait = asked.unwrap_or(WAIT * 2u32.pow(tried - 1));
-    tracing::info!("{why:#}; trying again in {} s", wait.as_secs_f32());
-    std::thread::sleep(wait);
-    match ui::is_interrupted() {
-        true => Err(crate::exit::interrupted("interrupted while waiting for the hub")),
-        false => Ok(()),
+    /// Waits before another try: as long as the server says, else twice as long each time.
+    fn pause(&self, tried: u32, asked: Option<Duration>, why: &anyhow::Error) -> Result<()> {
+        let wait = asked.unwrap_or(WAIT * 2u32.pow(tried - 1));
+        tracing::info!("{why:#}; trying again in {} s", wait.as_secs_f32());
+        (self.env.sleep)(wait);
+        match ui::is_interrupted() {
+            true => Err(crate::exit::interrupted("interrupted while waiting for the hub")),
+            false => Ok(()),
+        }
     }
 }

@@ -37,7 +37,7 @@ fn from_bytes(bytes: &[u8], expected: usize) -> Option<Vec<f32>> {
 
 /// Trains `folds` models from `start`, each without one part of the training sentences, and gathers each one's logits
 /// on its part. The files for the stage's folder.
-pub fn train(
+pub(super) fn train(
     run: &Run,
     start: &Checkpoint,
     objective: Objective,

@@ -6,7 +6,7 @@ pub mod compare;
 pub mod corpus;
 mod events;
 pub mod fit;
-mod folds;
+pub mod folds;
 pub mod gate;
 pub mod machine;
 pub mod make;

@@ -47,6 +47,9 @@ fn gradually(job: &Job, s: &Prune, cuts: usize, key: &str, ui: &Ui) -> Result<Ma
     let data = Data { test: None, ..job.data.clone() };
     let mut inputs = job.inputs.clone();
     inputs.entry("teacher").or_insert_with(|| original.into());
+    // All cuts have the same teacher, whose logits are computed once.
+    let cache = Some(job.cache.clone().unwrap_or_else(|| job.state().join("cache")));
+    std::fs::create_dir_all(job.state()).with_context(|| format!("cannot make {}", job.state().display()))?;
     let (mut plan, mut epochs, mut reports) = (None::<Plan>, vec![], vec![]);
     let mut add = |report: &Value, next: Plan| -> Result<()> {
         let of_cut = |key: &String| key == "plan" || key == "kept_epoch" || key.starts_with("train_");
@@ -66,16 +69,13 @@ fn gradually(job: &Job, s: &Prune, cuts: usize, key: &str, ui: &Ui) -> Result<Ma
     for i in 1..cuts {
         let kind = Kind::Prune(part(s, i, cuts));
         let out = cut(&job.state(), i);
-        std::fs::create_dir_all(job.state()).with_context(|| format!("cannot make {}", job.state().display()))?;
-        let cache = job.cache.clone().or_else(|| Some(job.state().join("cache")));
         let id = format!("{} cut {i} of {cuts}", job.id);
-        let inputs_now = inputs.clone();
+        let (inputs_now, cache) = (inputs.clone(), cache.clone());
         let step =
             Job { id: &id, kind: &kind, data: &data, unlabelled: None, inputs: inputs_now, out, cache, ..*job };
         add(&step.run(ui)?, read_plan(&step.out.join(PLAN))?)?;
         inputs.insert("model", step.out);
     }
-    let cache = job.cache.clone().or_else(|| Some(job.state().join("cache")));
     let last = Job { unlabelled: None, inputs, out: job.out.clone(), cache, ..*job };
     let mut made = at_once(&last, &part(s, cuts, cuts), key, ui)?;
     let (name, bytes) = made.files.iter_mut().find(|(name, _)| *name == PLAN).context("no plan was made")?;

@@ -371,14 +371,15 @@ fn utf8<'a>(path: &Path, bytes: &'a [u8], line: usize, byte: usize) -> Result<&'
         Error::file(
             path,
             format!(
-                "{place}: 0x{found:02x} is not UTF-8; older programs write Latin-1 or \
-                                       Windows-1252 (iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW), in China GB18030"
+                "{place}: 0x{found:02x} is not UTF-8; older programs write Latin-1 or Windows-1252 \
+                 (iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW), in China GB18030"
             ),
         )
     })
 }
 
-/// Spreadsheets write `.csv` with `;` or tabs in some countries, databases with `|`: the delimiter that cuts the header into most columns.
+/// Spreadsheets write `.csv` with `;` or tabs in some countries, databases with `|`: the delimiter that cuts the header
+/// into most columns.
 fn sniff_delimiter(content: &str) -> u8 {
     let columns =
         |delimiter: u8| reader(content, delimiter).records().next().map_or(0, |r| r.map_or(0, |r| r.len()));

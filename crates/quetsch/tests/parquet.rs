@@ -83,6 +83,28 @@ fn what_is_no_parquet_says_so() {
     assert!(error.contains("Parquet"), "{error}");
 }
 
+/// The first page is at byte 4: three fields, of which the second is its unpacked length (92 here, two bytes).
+#[test]
+fn no_room_is_made_for_pages_that_cannot_be() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("x.parquet");
+    let message = |unpacked: &[u8]| {
+        let mut bytes = std::fs::read(fixture("cards.parquet")).expect("the fixture");
+        assert_eq!(bytes[4..10], [0x15, 4, 0x15, 0xb8, 1, 0x15]);
+        bytes.splice(7..9, unpacked.iter().copied());
+        std::fs::write(&path, bytes).expect("written");
+        read(&path, &ReadOptions::default()).expect_err("a damaged page").to_string()
+    };
+    // 2^31 - 1 in zigzag; more than five groups are no i32.
+    let error = message(&[0xfe, 0xff, 0xff, 0xff, 0xf]);
+    assert!(
+        error.contains("x.parquet") && error.contains("at byte 4 says that 95 bytes unpack to 2147483647"),
+        "{error}"
+    );
+    let error = message(&[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 1]);
+    assert!(error.contains("no page header at byte 4"), "{error}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 

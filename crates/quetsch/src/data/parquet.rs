@@ -3,17 +3,25 @@
 
 use super::table::{Cell, Row, Table};
 use crate::{Error, Result};
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use bytes::Bytes;
+use parquet::errors::ParquetError;
+use parquet::file::FOOTER_SIZE;
+use parquet::file::reader::{ChunkReader, FileReader, Length, SerializedFileReader};
 use parquet::record::Field;
 use parquet::record::reader::RowIter;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 /// Rows read at a time.
 const BLOCK_ROWS: usize = 1024;
+/// Bytes that a page may have when it is unpacked, whatever it is packed to; writers aim at one MiB.
+const PAGE: i64 = 32 << 20;
+/// And how many times its packed length a larger page may have.
+const PACKED: i64 = 100;
 
 /// The files of a table that are still to be read.
 pub(super) struct Rows {
@@ -42,7 +50,7 @@ impl Rows {
     fn next_file(&mut self) -> Result<bool> {
         let Some(path) = self.files.next() else { return Ok(false) };
         let file = File::open(&path).map_err(Error::io(&path))?;
-        let reader = guarded(&path, || SerializedFileReader::new(file))?;
+        let reader = guarded(&path, || SerializedFileReader::new(Chunks(file)))?;
         let metadata = reader.metadata().file_metadata();
         let columns: Vec<String> =
             metadata.schema().get_fields().iter().map(|field| field.name().to_string()).collect();
@@ -78,6 +86,60 @@ impl Rows {
         let (path, columns, classes) = (self.path.clone(), self.columns.clone(), self.classes.clone());
         Ok((!rows.is_empty()).then_some(Table { path, columns, rows, classes }))
     }
+}
+
+/// A file that the crate reads from. It makes room for as many bytes as a header says: what cannot be true is an error here.
+struct Chunks(File);
+
+impl Length for Chunks {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+impl ChunkReader for Chunks {
+    type T = BufReader<File>;
+
+    /// At the footer once, then at the header of each page.
+    fn get_read(&self, start: u64) -> parquet::errors::Result<BufReader<File>> {
+        let mut read = self.0.get_read(start)?;
+        if start.saturating_add(FOOTER_SIZE as u64) < self.len() {
+            let Some([_, unpacked, packed]) = page_header(read.fill_buf()?) else {
+                return Err(ParquetError::General(format!("no page header at byte {start}")));
+            };
+            if unpacked > PAGE && unpacked / PACKED > packed {
+                let message = format!("the page at byte {start} says that {packed} bytes unpack to {unpacked}");
+                return Err(ParquetError::General(message));
+            }
+        }
+        Ok(read)
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
+        match start.checked_add(length as u64) {
+            Some(end) if end <= self.len() => self.0.get_bytes(start, length),
+            _ => Err(ParquetError::EOF(format!("{length} bytes at byte {start} reach beyond the end of the file"))),
+        }
+    }
+}
+
+/// Kind, unpacked and packed length of a page: the first three fields of its header, each an i32 in Thrift's compact
+/// protocol (a byte for its type and distance from the last field, then zigzag groups of seven bits).
+fn page_header(bytes: &[u8]) -> Option<[i64; 3]> {
+    let mut bytes = bytes.iter();
+    let mut field = || {
+        bytes.next().filter(|b| **b == 0x15)?;
+        let mut n = 0;
+        for shift in (0..35).step_by(7) {
+            let byte = *bytes.next()?;
+            n |= i64::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Some((n >> 1) ^ -(n & 1));
+            }
+        }
+        None
+    };
+    Some([field()?, field()?, field()?])
 }
 
 /// What the crate answers; on damaged files some versions of it panic, and a file must never end the program.

@@ -238,17 +238,18 @@ impl Plan {
         Ok(spec)
     }
 
-    /// Number of parameters after this plan.
+    /// Number of parameters after this plan; of one that [`Plan::child`] refuses, it means nothing.
     pub fn parameters(&self) -> usize {
         let p = &self.parent;
-        let head = p.head_dim * (4 * p.hidden + 3);
-        let channel = 2 * p.hidden + 1;
-        let gone = p.layers.iter().enumerate().map(|(l, layer)| match self.layers.contains(&l) {
+        let times = usize::saturating_mul;
+        let head = times(p.head_dim, times(4, p.hidden).saturating_add(3));
+        let channel = times(2, p.hidden).saturating_add(1);
+        let gone = p.layers.iter().enumerate().flat_map(|(l, layer)| match self.layers.contains(&l) {
             // Two LayerNorms and the biases of Out and Down belong to no group.
-            true => layer.heads.len() * head + layer.ffn * channel + 6 * p.hidden,
-            false => self.heads_of(l).len() * head + self.ffn_of(l).len() * channel,
+            true => [times(layer.heads.len(), head), times(layer.ffn, channel), times(6, p.hidden)],
+            false => [times(self.heads_of(l).len(), head), times(self.ffn_of(l).len(), channel), 0],
         });
-        p.parameters.saturating_sub(gone.sum())
+        gone.fold(p.parameters, usize::saturating_sub)
     }
 }
 
@@ -293,9 +294,10 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let p = &self.parent;
         let (before, after) = (p.parameters, self.parameters());
-        let count = |all: &dyn Fn(&ParentLayer) -> usize| p.layers.iter().map(all).sum::<usize>();
+        let count = |all: &dyn Fn(&ParentLayer) -> usize| p.layers.iter().map(all).fold(0, usize::saturating_add);
         let stay = |size: &dyn Fn(&ParentLayer) -> usize, gone: &dyn Fn(usize) -> usize| -> usize {
-            self.kept_layers().iter().map(|&l| size(&p.layers[l]).saturating_sub(gone(l))).sum()
+            let kept = self.kept_layers().into_iter().map(|l| size(&p.layers[l]).saturating_sub(gone(l)));
+            kept.fold(0, usize::saturating_add)
         };
         let (heads, ffn) = (|s: &ParentLayer| s.heads.len(), |s: &ParentLayer| s.ffn);
         writeln!(

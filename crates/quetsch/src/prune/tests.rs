@@ -229,7 +229,11 @@ fn a_plan_is_for_its_parent_only() {
         assert!(error.contains("made for a parent with"), "{error}");
     }
     type Edit = fn(&mut Plan);
-    let edits: [(&str, Edit); 4] = [
+    let edits: [(&str, Edit); 5] = [
+        ("made for a parent with hidden 18446744073709551615", |p| {
+            p.parent.hidden = usize::MAX;
+            p.parent.layers.iter_mut().for_each(|l| l.ffn = usize::MAX);
+        }),
         ("version 9, expected 1", |p| p.version = 9),
         ("heads of 1 layers", |p| p.heads.truncate(1)),
         ("head 0 stands after 2", |p| p.heads[0] = vec![2, 0]),

@@ -90,6 +90,8 @@ fuzz_target!(
         let fault = match status.code() {
             // What gRPC prescribes for bytes that are no such message.
             Code::Internal => !status.message().starts_with("failed to decode Protobuf message"),
+            // The library ends a connection after 1,024 streams that went on when they were refused.
+            Code::Unknown => !format!("{status:?}").contains("too_many_internal_resets"),
             code => !matches!(code, Code::InvalidArgument | Code::NotFound),
         };
         assert!(!fault, "{method}: {status:?}");

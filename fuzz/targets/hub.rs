@@ -50,7 +50,8 @@ fn serve(stream: TcpStream) -> Option<()> {
         let at = answer.windows(2).position(|w| w == b"\n\n").unwrap_or(answer.len());
         let body = answer.get(at + 2..).unwrap_or_default();
         let head = String::from_utf8_lossy(&answer[..at]).replace("$HUB", &ADDRESS).replace("$OTHER", &OTHER);
-        let mut head: String = head.lines().filter(|l| stays(l)).map(|l| format!("{l}\r\n")).collect();
+        let mut head: String =
+            head.lines().filter(|l| !l.is_empty() && stays(l)).map(|l| format!("{l}\r\n")).collect();
         let own = ["content-length", "transfer-encoding"].iter().all(|h| !head.to_lowercase().contains(h));
         if own {
             head += &format!("Content-Length: {}\r\n", body.len());

@@ -144,13 +144,13 @@ fn tokenizer_json(json: &mut Value, kept: &[u32]) -> Result<()> {
     if let Some(pad) = json.get_mut("padding").and_then(|p| p.get_mut("pad_id")) {
         renumber(pad, kept, "padding")?;
     }
-    json.get_mut("post_processor").map_or(Ok(()), |p| post_processor(p, kept))
+    json.get_mut("post_processor").filter(|p| !p.is_null()).map_or(Ok(()), |p| post_processor(p, kept))
 }
 
 fn post_processor(json: &mut Value, kept: &[u32]) -> Result<()> {
     let kind = json["type"].as_str().unwrap_or_default().to_owned();
     match kind.as_str() {
-        "" | "ByteLevel" => Ok(()),
+        "ByteLevel" => Ok(()),
         "TemplateProcessing" => each(&mut json["special_tokens"], |_, token| {
             token["ids"].as_array_mut().into_iter().flatten().try_for_each(|id| renumber(id, kept, &kind))
         }),
@@ -160,7 +160,7 @@ fn post_processor(json: &mut Value, kept: &[u32]) -> Result<()> {
         "Sequence" => {
             json["processors"].as_array_mut().into_iter().flatten().try_for_each(|p| post_processor(p, kept))
         }
-        _ => Err(Error::invalid(format!("tokenizer.json: cannot renumber the post-processor {kind}"))),
+        _ => Err(Error::invalid(format!("tokenizer.json: cannot renumber the post-processor {kind:?}"))),
     }
 }
 

@@ -145,11 +145,21 @@ fn what_cannot_be_pruned_is_a_clear_error() {
     let f16 = quantise(&m.checkpoint, &[("*".into(), Scheme::F16)], &[]).unwrap();
     let f16 = vocab::prune(&ModelDir { checkpoint: f16, ..m.clone() }, &SEEN, 1);
     assert!(f16.is_ok(), "float types other than f32 are kept");
-    let mut odd = m.clone();
-    let json = String::from_utf8(m.tokenizer.files["tokenizer.json"].clone()).unwrap();
-    let mut json: serde_json::Value = serde_json::from_str(&json).unwrap();
-    json["model"] = serde_json::json!({"type": "WordLevel", "vocab": {"[UNK]": 1}, "unk_token": "[UNK]"});
-    odd.tokenizer.files.insert("tokenizer.json".into(), json.to_string().into_bytes());
-    let e = vocab::prune(&odd, &SEEN, 1).err().unwrap().to_string();
+    let edited = |edit: &dyn Fn(&mut serde_json::Value)| {
+        let mut odd = m.clone();
+        let text = odd.tokenizer.files.get_mut("tokenizer.json").unwrap();
+        let mut json = serde_json::from_slice(text).unwrap();
+        edit(&mut json);
+        *text = json.to_string().into_bytes();
+        vocab::prune(&odd, &SEEN, 1).err().unwrap().to_string()
+    };
+    let e = edited(&|json| {
+        json["model"] = serde_json::json!({"type": "WordLevel", "vocab": {"[UNK]": 1}, "unk_token": "[UNK]"});
+    });
     assert!(e.contains("WordPiece"), "{e}");
+    // It is read without a name, too; whose ids are where would be a guess.
+    let e = edited(&|json| {
+        json["post_processor"].as_object_mut().unwrap().remove("type");
+    });
+    assert!(e.contains("cannot renumber the post-processor"), "{e}");
 }

@@ -105,6 +105,27 @@ fn no_room_is_made_for_pages_that_cannot_be() {
     assert!(error.contains("no page header at byte 4"), "{error}");
 }
 
+/// The footer is a struct, then its length and `PAR1`: a list of 2^31 - 1 truth values as its first field.
+#[test]
+fn no_list_of_values_without_bytes_is_walked_through() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("x.parquet");
+    for (field, what) in [
+        (&[0xf9, 0xf1, 0xff, 0xff, 0xff, 0xff, 7][..], "a list of truth values"),
+        (&[0xfb, 0xff, 0xff, 0xff, 0xff, 7, 0x11], "a map"),
+    ] {
+        let mut bytes = std::fs::read(fixture("cards.parquet")).expect("the fixture");
+        let length = bytes.len() - 8;
+        let footer = u32::from_le_bytes(bytes[length..][..4].try_into().expect("four bytes"));
+        bytes.splice(length - footer as usize..length - footer as usize, field.iter().copied());
+        let length = bytes.len() - 8;
+        bytes[length..][..4].copy_from_slice(&(footer + field.len() as u32).to_le_bytes());
+        std::fs::write(&path, bytes).expect("written");
+        let error = read(&path, &ReadOptions::default()).expect_err("a damaged footer").to_string();
+        assert!(error.contains("x.parquet") && error.contains(what), "{error}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -88,7 +88,8 @@ impl Rows {
     }
 }
 
-/// A file that the crate reads from. It makes room for as many bytes as a header says: what cannot be true is an error here.
+/// A file that the crate reads from. The crate believes what its headers say: it makes room for as many bytes, and steps
+/// through as many truth values, which take none. What cannot be true is an error here.
 struct Chunks(File);
 
 impl Length for Chunks {
@@ -104,42 +105,119 @@ impl ChunkReader for Chunks {
     fn get_read(&self, start: u64) -> parquet::errors::Result<BufReader<File>> {
         let mut read = self.0.get_read(start)?;
         if start.saturating_add(FOOTER_SIZE as u64) < self.len() {
-            let Some([_, unpacked, packed]) = page_header(read.fill_buf()?) else {
+            let header = read.fill_buf()?;
+            let Some([_, unpacked, packed]) = sizes(header) else {
                 return Err(ParquetError::General(format!("no page header at byte {start}")));
             };
             if unpacked > PAGE && unpacked / PACKED > packed {
                 let message = format!("the page at byte {start} says that {packed} bytes unpack to {unpacked}");
                 return Err(ParquetError::General(message));
             }
+            check(header, start)?;
         }
         Ok(read)
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
-        match start.checked_add(length as u64) {
-            Some(end) if end <= self.len() => self.0.get_bytes(start, length),
-            _ => Err(ParquetError::EOF(format!("{length} bytes at byte {start} reach beyond the end of the file"))),
+        let end = start.checked_add(length as u64).filter(|end| *end <= self.len()).ok_or_else(|| {
+            ParquetError::EOF(format!("{length} bytes at byte {start} reach beyond the end of the file"))
+        })?;
+        let bytes = self.0.get_bytes(start, length)?;
+        if end + FOOTER_SIZE as u64 == self.len() {
+            check(&bytes, start)?;
         }
+        Ok(bytes)
     }
 }
 
-/// Kind, unpacked and packed length of a page: the first three fields of its header, each an i32 in Thrift's compact
-/// protocol (a byte for its type and distance from the last field, then zigzag groups of seven bits).
-fn page_header(bytes: &[u8]) -> Option<[i64; 3]> {
-    let mut bytes = bytes.iter();
+/// Kind, unpacked and packed length of a page: the first three fields of its header, each an i32.
+fn sizes(header: &[u8]) -> Option<[i64; 3]> {
+    let mut thrift = Thrift { bytes: header, foreign: None };
     let mut field = || {
-        bytes.next().filter(|b| **b == 0x15)?;
+        (thrift.byte()? == 0x15).then_some(())?;
+        let n = i64::try_from(thrift.number()?).ok().filter(|n| *n <= i64::from(u32::MAX))?;
+        Some((n >> 1) ^ -(n & 1))
+    };
+    Some([field()?, field()?, field()?])
+}
+
+/// That a struct, as far as it is there, has no list of truth values and no map: Parquet has neither.
+fn check(bytes: &[u8], start: u64) -> parquet::errors::Result<()> {
+    let mut thrift = Thrift { bytes, foreign: None };
+    thrift.skip(12, 64);
+    thrift
+        .foreign
+        .map_or(Ok(()), |what| Err(ParquetError::General(format!("the header at byte {start} has {what}"))))
+}
+
+/// Bytes in Thrift's compact protocol.
+struct Thrift<'a> {
+    bytes: &'a [u8],
+    /// What was met that Parquet does not have.
+    foreign: Option<&'static str>,
+}
+
+impl Thrift<'_> {
+    fn byte(&mut self) -> Option<u8> {
+        self.bytes.split_off_first().copied()
+    }
+
+    /// Groups of seven bits, the lowest first.
+    fn number(&mut self) -> Option<u64> {
         let mut n = 0;
-        for shift in (0..35).step_by(7) {
-            let byte = *bytes.next()?;
-            n |= i64::from(byte & 0x7f) << shift;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            n |= u64::from(byte & 0x7f) << shift;
             if byte < 0x80 {
-                return Some((n >> 1) ^ -(n & 1));
+                return Some(n);
             }
         }
         None
-    };
-    Some([field()?, field()?, field()?])
+    }
+
+    fn skip_bytes(&mut self, count: u64) -> Option<()> {
+        self.bytes.split_off(..usize::try_from(count).ok()?).map(drop)
+    }
+
+    /// Skips a value of this type; nothing where it does not end, is no Thrift or is foreign.
+    fn skip(&mut self, kind: u8, depth: u8) -> Option<()> {
+        let below = depth.checked_sub(1)?;
+        match kind {
+            // A truth value of a struct is in its type.
+            1 | 2 => Some(()),
+            3 => self.skip_bytes(1),
+            4..=6 => self.number().map(drop),
+            7 => self.skip_bytes(8),
+            8 => self.number().and_then(|length| self.skip_bytes(length)),
+            // A list or a set.
+            9 | 10 => {
+                let head = self.byte()?;
+                let count = if head >> 4 == 15 { self.number()? } else { u64::from(head >> 4) };
+                match head & 15 {
+                    1 | 2 => self.met("a list of truth values"),
+                    kind => (0..count).try_for_each(|_| self.skip(kind, below)),
+                }
+            }
+            11 => self.met("a map"),
+            // A struct: fields up to one of type 0.
+            12 => loop {
+                let head = self.byte()?;
+                if head & 15 == 0 {
+                    break Some(());
+                }
+                if head >> 4 == 0 {
+                    self.number()?;
+                }
+                self.skip(head & 15, below)?;
+            },
+            _ => None,
+        }
+    }
+
+    fn met(&mut self, what: &'static str) -> Option<()> {
+        self.foreign = Some(what);
+        None
+    }
 }
 
 /// What the crate answers; on damaged files some versions of it panic, and a file must never end the program.

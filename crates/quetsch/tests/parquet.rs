@@ -83,25 +83,29 @@ fn what_is_no_parquet_says_so() {
     assert!(error.contains("Parquet"), "{error}");
 }
 
-/// The first page is at byte 4: three fields, of which the second is its unpacked length (92 here, two bytes).
+/// The first page is at byte 4, a dictionary: four numbers, of which the second is its unpacked length (92, two bytes) and
+/// the last, after the byte for its part, how many values it has.
 #[test]
 fn no_room_is_made_for_pages_that_cannot_be() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("x.parquet");
-    let message = |unpacked: &[u8]| {
+    let message = |at: std::ops::Range<usize>, number: &[u8]| {
         let mut bytes = std::fs::read(fixture("cards.parquet")).expect("the fixture");
-        assert_eq!(bytes[4..10], [0x15, 4, 0x15, 0xb8, 1, 0x15]);
-        bytes.splice(7..9, unpacked.iter().copied());
+        assert_eq!(bytes[4..15], [0x15, 4, 0x15, 0xb8, 1, 0x15, 0xbe, 1, 0x4c, 0x15, 10]);
+        bytes.splice(at, number.iter().copied());
         std::fs::write(&path, bytes).expect("written");
         read(&path, &ReadOptions::default()).expect_err("a damaged page").to_string()
     };
-    // 2^31 - 1 in zigzag; more than five groups are no i32.
-    let error = message(&[0xfe, 0xff, 0xff, 0xff, 0xf]);
+    // In zigzag; more than an i32 is no length.
+    let most = [0xfe, 0xff, 0xff, 0xff, 0xf];
+    let error = message(7..9, &most);
     assert!(
         error.contains("x.parquet") && error.contains("at byte 4 says that 95 bytes unpack to 2147483647"),
         "{error}"
     );
-    let error = message(&[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 1]);
+    let error = message(14..15, &most);
+    assert!(error.contains("at byte 4 says that 92 bytes are 2147483647 values"), "{error}");
+    let error = message(7..9, &[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 1]);
     assert!(error.contains("no page header at byte 4"), "{error}");
 }
 

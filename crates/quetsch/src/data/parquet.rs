@@ -106,11 +106,15 @@ impl ChunkReader for Chunks {
         let mut read = self.0.get_read(start)?;
         if start.saturating_add(FOOTER_SIZE as u64) < self.len() {
             let header = read.fill_buf()?;
-            let Some([_, unpacked, packed]) = sizes(header) else {
+            let Some((unpacked, packed, values)) = sizes(header) else {
                 return Err(ParquetError::General(format!("no page header at byte {start}")));
             };
             if unpacked > PAGE && unpacked / PACKED > packed {
                 let message = format!("the page at byte {start} says that {packed} bytes unpack to {unpacked}");
+                return Err(ParquetError::General(message));
+            }
+            if values > unpacked {
+                let message = format!("the page at byte {start} says that {unpacked} bytes are {values} values");
                 return Err(ParquetError::General(message));
             }
             check(header, start)?;
@@ -130,15 +134,21 @@ impl ChunkReader for Chunks {
     }
 }
 
-/// Kind, unpacked and packed length of a page: the first three fields of its header, each an i32.
-fn sizes(header: &[u8]) -> Option<[i64; 3]> {
+/// Unpacked and packed length of a page and, of a dictionary, the number of its values. All writers begin the header with
+/// its kind and these two, each an i32; a checksum may follow, then the part for its kind.
+fn sizes(header: &[u8]) -> Option<(i64, i64, i64)> {
+    const DICTIONARY: i64 = 2;
+    const I32: u8 = 0x15;
     let mut thrift = Thrift { bytes: header, foreign: None };
-    let mut field = || {
-        (thrift.byte()? == 0x15).then_some(())?;
-        let n = i64::try_from(thrift.number()?).ok().filter(|n| *n <= i64::from(u32::MAX))?;
-        Some((n >> 1) ^ -(n & 1))
+    let (kind, unpacked, packed) = (thrift.field(I32)?, thrift.field(I32)?, thrift.field(I32)?);
+    if kind != DICTIONARY {
+        return Some((unpacked, packed, 0));
+    }
+    let part = match thrift.field(I32) {
+        Some(_checksum) => 0x3c,
+        None => 0x4c,
     };
-    Some([field()?, field()?, field()?])
+    (thrift.byte()? == part).then(|| thrift.field(I32))?.map(|values| (unpacked, packed, values))
 }
 
 /// That a struct, as far as it is there, has no list of truth values and no map: Parquet has neither.
@@ -160,6 +170,13 @@ struct Thrift<'a> {
 impl Thrift<'_> {
     fn byte(&mut self) -> Option<u8> {
         self.bytes.split_off_first().copied()
+    }
+
+    /// An i32 that follows this byte for type and distance of its field, which else stays.
+    fn field(&mut self, head: u8) -> Option<i64> {
+        self.bytes = self.bytes.strip_prefix(&[head])?;
+        let n = i64::try_from(self.number()?).ok().filter(|n| *n <= i64::from(u32::MAX))?;
+        Some((n >> 1) ^ -(n & 1))
     }
 
     /// Groups of seven bits, the lowest first.

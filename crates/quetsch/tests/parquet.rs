@@ -96,7 +96,7 @@ fn no_room_is_made_for_pages_that_cannot_be() {
         std::fs::write(&path, bytes).expect("written");
         read(&path, &ReadOptions::default()).expect_err("a damaged page").to_string()
     };
-    // In zigzag; more than an i32 is no length.
+    // 2^31 - 1 in zigzag.
     let most = [0xfe, 0xff, 0xff, 0xff, 0xf];
     let error = message(7..9, &most);
     assert!(
@@ -104,30 +104,39 @@ fn no_room_is_made_for_pages_that_cannot_be() {
         "{error}"
     );
     let error = message(14..15, &most);
-    assert!(error.contains("at byte 4 says that 92 bytes are 2147483647 values"), "{error}");
-    let error = message(7..9, &[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 1]);
-    assert!(error.contains("no page header at byte 4"), "{error}");
+    assert!(error.contains("at byte 4 says that 92 bytes are a dictionary of 2147483647 values"), "{error}");
+    let error = message(4..5, &[0xff]);
+    assert!(error.contains("the page at byte 4 has no header"), "{error}");
 }
 
-/// The footer is a struct, then its length and `PAR1`: a list of 2^31 - 1 truth values as its first field.
+/// A footer is a struct, then its length and `PAR1`. Here it begins with a list of 2^31 - 1 truth values, a map of as many,
+/// and a schema of one element with as many children.
 #[test]
-fn no_list_of_values_without_bytes_is_walked_through() {
+fn footers_that_cannot_be_are_errors() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("x.parquet");
-    for (field, what) in [
-        (&[0xf9, 0xf1, 0xff, 0xff, 0xff, 0xff, 7][..], "a list of truth values"),
-        (&[0xfb, 0xff, 0xff, 0xff, 0xff, 7, 0x11], "a map"),
-    ] {
+    let message = |fields: &[u8], keep: bool| {
         let mut bytes = std::fs::read(fixture("cards.parquet")).expect("the fixture");
         let length = bytes.len() - 8;
-        let footer = u32::from_le_bytes(bytes[length..][..4].try_into().expect("four bytes"));
-        bytes.splice(length - footer as usize..length - footer as usize, field.iter().copied());
+        let footer = u32::from_le_bytes(bytes[length..][..4].try_into().expect("four bytes")) as usize;
+        let kept = if keep { footer } else { 0 };
+        bytes.splice(length - footer..length - kept, fields.iter().copied());
         let length = bytes.len() - 8;
-        bytes[length..][..4].copy_from_slice(&(footer + field.len() as u32).to_le_bytes());
+        bytes[length..][..4].copy_from_slice(&((kept + fields.len()) as u32).to_le_bytes());
         std::fs::write(&path, bytes).expect("written");
-        let error = read(&path, &ReadOptions::default()).expect_err("a damaged footer").to_string();
-        assert!(error.contains("x.parquet") && error.contains(what), "{error}");
+        read(&path, &ReadOptions::default()).expect_err("a damaged footer").to_string()
+    };
+    for fields in [&[0xf9, 0xf1, 0xff, 0xff, 0xff, 0xff, 7][..], &[0xfb, 0xff, 0xff, 0xff, 0xff, 7, 0x11]] {
+        let error = message(fields, true);
+        assert!(
+            error.contains("x.parquet") && error.contains("the footer is not whole, or none of Parquet"),
+            "{error}"
+        );
     }
+    // Version 1, a list of one struct: field 4 a name, field 5 the children; rows, no row groups.
+    let schema = [0x15, 2, 0x19, 0x1c, 0x48, 1, b'x', 0x15, 0xfe, 0xff, 0xff, 0xff, 0xf, 0, 0x16, 0, 0x19, 0xc, 0];
+    let error = message(&schema, false);
+    assert!(error.contains("the footer has a schema of 1 elements with 2147483647 children"), "{error}");
 }
 
 proptest! {

@@ -19,9 +19,11 @@ use std::path::{Path, PathBuf};
 /// Rows read at a time.
 const BLOCK_ROWS: usize = 1024;
 /// Bytes that a page may have when it is unpacked, whatever it is packed to; writers aim at one MiB.
-const PAGE: i64 = 32 << 20;
+const PAGE: i32 = 32 << 20;
 /// And how many times its packed length a larger page may have.
-const PACKED: i64 = 100;
+const PACKED: i32 = 100;
+/// Bytes that the header of a page may have; writers leave out statistics of more than 4 KiB.
+const HEADER: usize = 64 << 10;
 
 /// The files of a table that are still to be read.
 pub(super) struct Rows {
@@ -88,8 +90,8 @@ impl Rows {
     }
 }
 
-/// A file that the crate reads from. The crate believes what its headers say: it makes room for as many bytes, and steps
-/// through as many truth values, which take none. What cannot be true is an error here.
+/// A file that the crate reads from. It believes the numbers of headers and makes room for as much; whether they can be
+/// true is looked at here, before it has them.
 struct Chunks(File);
 
 impl Length for Chunks {
@@ -101,23 +103,12 @@ impl Length for Chunks {
 impl ChunkReader for Chunks {
     type T = BufReader<File>;
 
-    /// At the footer once, then at the header of each page.
+    /// At the last bytes once, then at the header of each page.
     fn get_read(&self, start: u64) -> parquet::errors::Result<BufReader<File>> {
-        let mut read = self.0.get_read(start)?;
+        let mut read = BufReader::with_capacity(HEADER, self.0.get_read(start)?.into_inner());
         if start.saturating_add(FOOTER_SIZE as u64) < self.len() {
-            let header = read.fill_buf()?;
-            let Some((unpacked, packed, values)) = sizes(header) else {
-                return Err(ParquetError::General(format!("no page header at byte {start}")));
-            };
-            if unpacked > PAGE && unpacked / PACKED > packed {
-                let message = format!("the page at byte {start} says that {packed} bytes unpack to {unpacked}");
-                return Err(ParquetError::General(message));
-            }
-            if values > unpacked {
-                let message = format!("the page at byte {start} says that {unpacked} bytes are {values} values");
-                return Err(ParquetError::General(message));
-            }
-            check(header, start)?;
+            check_page(read.fill_buf()?)
+                .map_err(|what| ParquetError::General(format!("the page at byte {start} {what}")))?;
         }
         Ok(read)
     }
@@ -128,59 +119,117 @@ impl ChunkReader for Chunks {
         })?;
         let bytes = self.0.get_bytes(start, length)?;
         if end + FOOTER_SIZE as u64 == self.len() {
-            check(&bytes, start)?;
+            check_footer(&bytes).map_err(|what| ParquetError::General(format!("the footer {what}")))?;
         }
         Ok(bytes)
     }
 }
 
-/// Unpacked and packed length of a page and, of a dictionary, the number of its values. All writers begin the header with
-/// its kind and these two, each an i32; a checksum may follow, then the part for its kind.
-fn sizes(header: &[u8]) -> Option<(i64, i64, i64)> {
-    const DICTIONARY: i64 = 2;
-    const I32: u8 = 0x15;
-    let mut thrift = Thrift { bytes: header, foreign: None };
-    let (kind, unpacked, packed) = (thrift.field(I32)?, thrift.field(I32)?, thrift.field(I32)?);
-    if kind != DICTIONARY {
-        return Some((unpacked, packed, 0));
+/// PageHeader of parquet.thrift.
+fn check_page(header: &[u8]) -> std::result::Result<(), String> {
+    let (mut unpacked, mut packed, mut values) = (0, 0, 0);
+    let whole = numbers(header, |fields, n| match fields {
+        [2] => unpacked = n as i32,
+        [3] => packed = n as i32,
+        [7, 1] => values = n as i32,
+        _ => {}
+    });
+    if !whole {
+        Err("has no header".into())
+    } else if unpacked > PAGE && unpacked / PACKED > packed {
+        Err(format!("says that {packed} bytes unpack to {unpacked}"))
+    } else if values > unpacked {
+        Err(format!("says that {unpacked} bytes are a dictionary of {values} values"))
+    } else {
+        Ok(())
     }
-    let part = match thrift.field(I32) {
-        Some(_checksum) => 0x3c,
-        None => 0x4c,
-    };
-    (thrift.byte()? == part).then(|| thrift.field(I32))?.map(|values| (unpacked, packed, values))
 }
 
-/// That a struct, as far as it is there, has no list of truth values and no map: Parquet has neither.
-fn check(bytes: &[u8], start: u64) -> parquet::errors::Result<()> {
-    let mut thrift = Thrift { bytes, foreign: None };
-    thrift.skip(12, 64);
-    thrift
-        .foreign
-        .map_or(Ok(()), |what| Err(ParquetError::General(format!("the header at byte {start} has {what}"))))
+/// FileMetaData of parquet.thrift: the schema is a tree, written as a list.
+fn check_footer(footer: &[u8]) -> std::result::Result<(), String> {
+    let (mut elements, mut children) = (0, 0);
+    let whole = numbers(footer, |fields, n| match fields {
+        [2] => elements = n,
+        [2, 5] => children += i64::from(n as i32).max(0),
+        _ => {}
+    });
+    match whole {
+        false => Err("is not whole, or none of Parquet".into()),
+        // All but the root are below one.
+        true if children > 0 && children >= elements => {
+            Err(format!("has a schema of {elements} elements with {children} children"))
+        }
+        true => Ok(()),
+    }
 }
 
-/// Bytes in Thrift's compact protocol.
-struct Thrift<'a> {
+/// Shows `see` every integer of a struct in Thrift's compact protocol, and the length of every list, with the numbers of
+/// the fields that lead there; whether the struct is whole. Maps and lists of truth values, which Parquet has none of,
+/// are not: the crate skips such a value without a byte, as often as the length says.
+fn numbers(bytes: &[u8], see: impl FnMut(&[i64], i64)) -> bool {
+    Thrift { bytes, fields: vec![], see }.value(12, 64).is_some()
+}
+
+struct Thrift<'a, F> {
     bytes: &'a [u8],
-    /// What was met that Parquet does not have.
-    foreign: Option<&'static str>,
+    fields: Vec<i64>,
+    see: F,
 }
 
-impl Thrift<'_> {
+impl<F: FnMut(&[i64], i64)> Thrift<'_, F> {
+    /// Reads a value of this type.
+    fn value(&mut self, kind: u8, depth: u8) -> Option<()> {
+        let below = depth.checked_sub(1)?;
+        match kind {
+            // A truth value of a struct is in its type.
+            1 | 2 => {}
+            3 => self.skip(1)?,
+            4..=6 => {
+                let n = self.zigzag()?;
+                (self.see)(&self.fields, n);
+            }
+            7 => self.skip(8)?,
+            8 => {
+                let length = self.varint()?;
+                self.skip(length)?;
+            }
+            // A list or a set.
+            9 | 10 => {
+                let head = self.byte()?;
+                let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
+                (self.see)(&self.fields, i64::try_from(count).ok()?);
+                let kind = Some(head & 15).filter(|kind| !matches!(kind, 1 | 2))?;
+                (0..count).try_for_each(|_| self.value(kind, below))?;
+            }
+            // A struct: fields up to one of type 0.
+            12 => {
+                let mut field = 0;
+                loop {
+                    let head = self.byte()?;
+                    if head & 15 == 0 {
+                        break;
+                    }
+                    field = if head >> 4 == 0 { self.zigzag()? } else { field + i64::from(head >> 4) };
+                    self.fields.push(field);
+                    self.value(head & 15, below)?;
+                    self.fields.pop();
+                }
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
     fn byte(&mut self) -> Option<u8> {
         self.bytes.split_off_first().copied()
     }
 
-    /// An i32 that follows this byte for type and distance of its field, which else stays.
-    fn field(&mut self, head: u8) -> Option<i64> {
-        self.bytes = self.bytes.strip_prefix(&[head])?;
-        let n = i64::try_from(self.number()?).ok().filter(|n| *n <= i64::from(u32::MAX))?;
-        Some((n >> 1) ^ -(n & 1))
+    fn skip(&mut self, count: u64) -> Option<()> {
+        self.bytes.split_off(..usize::try_from(count).ok()?).map(drop)
     }
 
     /// Groups of seven bits, the lowest first.
-    fn number(&mut self) -> Option<u64> {
+    fn varint(&mut self) -> Option<u64> {
         let mut n = 0;
         for shift in (0..64).step_by(7) {
             let byte = self.byte()?;
@@ -192,48 +241,10 @@ impl Thrift<'_> {
         None
     }
 
-    fn skip_bytes(&mut self, count: u64) -> Option<()> {
-        self.bytes.split_off(..usize::try_from(count).ok()?).map(drop)
-    }
-
-    /// Skips a value of this type; nothing where it does not end, is no Thrift or is foreign.
-    fn skip(&mut self, kind: u8, depth: u8) -> Option<()> {
-        let below = depth.checked_sub(1)?;
-        match kind {
-            // A truth value of a struct is in its type.
-            1 | 2 => Some(()),
-            3 => self.skip_bytes(1),
-            4..=6 => self.number().map(drop),
-            7 => self.skip_bytes(8),
-            8 => self.number().and_then(|length| self.skip_bytes(length)),
-            // A list or a set.
-            9 | 10 => {
-                let head = self.byte()?;
-                let count = if head >> 4 == 15 { self.number()? } else { u64::from(head >> 4) };
-                match head & 15 {
-                    1 | 2 => self.met("a list of truth values"),
-                    kind => (0..count).try_for_each(|_| self.skip(kind, below)),
-                }
-            }
-            11 => self.met("a map"),
-            // A struct: fields up to one of type 0.
-            12 => loop {
-                let head = self.byte()?;
-                if head & 15 == 0 {
-                    break Some(());
-                }
-                if head >> 4 == 0 {
-                    self.number()?;
-                }
-                self.skip(head & 15, below)?;
-            },
-            _ => None,
-        }
-    }
-
-    fn met(&mut self, what: &'static str) -> Option<()> {
-        self.foreign = Some(what);
-        None
+    /// 0, -1, 1, -2, ..
+    fn zigzag(&mut self) -> Option<i64> {
+        let n = self.varint()?;
+        Some((n >> 1) as i64 ^ -((n & 1) as i64))
     }
 }
 

@@ -39,29 +39,54 @@ pub trait Ops {
 
 /// Embeddings and all layers: `[tokens]` -> `[tokens, hidden]`.
 pub fn encode<O: Ops>(ops: &mut O, spec: &ModelSpec, batch: &Batch) -> O::Act {
+    let x = embedded(ops, spec, batch);
+    (0..spec.layers.len()).fold(x, |x, l| layer(ops, l, x, batch))
+}
+
+/// What the first layer reads: `[tokens]` -> `[tokens, hidden]`.
+pub fn embedded<O: Ops>(ops: &mut O, spec: &ModelSpec, batch: &Batch) -> O::Act {
     let x = ops.embed(batch);
     let x = ops.dropout(DropSite::Embedded, x, batch);
-    let mut x = ops.tap(At::Embedded, x);
-    if spec.is_projected() {
-        x = ops.linear(Lin::EmbedProjection, x, Activation::Identity);
-        x = ops.tap(At::Projected, x);
+    let x = ops.tap(At::Embedded, x);
+    if !spec.is_projected() {
+        return x;
     }
-    (0..spec.layers.len()).fold(x, |x, l| layer(ops, l, x, batch))
+    let x = ops.linear(Lin::EmbedProjection, x, Activation::Identity);
+    ops.tap(At::Projected, x)
 }
 
 /// One post-LayerNorm BERT layer (Devlin et al. 2019): `[tokens, hidden]` -> `[tokens, hidden]`.
 pub fn layer<O: Ops>(ops: &mut O, l: usize, x: O::Act, batch: &Batch) -> O::Act {
-    let qkv = ops.qkv(l, &x);
+    let context = heads(ops, l, &x, batch);
+    let x = attended(ops, l, context, x, batch);
+    let h = channels(ops, l, &x);
+    fed(ops, l, h, x, batch)
+}
+
+/// What a layer's heads see: `[tokens, hidden]` -> `[tokens, heads * head_dim]`.
+pub fn heads<O: Ops>(ops: &mut O, l: usize, x: &O::Act, batch: &Batch) -> O::Act {
+    let qkv = ops.qkv(l, x);
     let qkv = ops.tap(At::Qkv(l), qkv);
     let context = ops.attention(l, qkv, batch);
-    let context = ops.tap(At::Context(l), context);
+    ops.tap(At::Context(l), context)
+}
+
+/// From the heads back to the residual stream `x`.
+pub fn attended<O: Ops>(ops: &mut O, l: usize, context: O::Act, x: O::Act, batch: &Batch) -> O::Act {
     let y = ops.linear(Lin::Out(l), context, Activation::Identity);
     let y = ops.dropout(DropSite::Attention(l), y, batch);
     let x = ops.add_norm(Norm::Attention(l), y, x);
-    let x = ops.tap(At::Attended(l), x);
+    ops.tap(At::Attended(l), x)
+}
 
-    let h = ops.ffn_up(l, &x);
-    let h = ops.tap(At::FfnHidden(l), h);
+/// A layer's feed-forward channels: `[tokens, hidden]` -> `[tokens, ffn]`.
+pub fn channels<O: Ops>(ops: &mut O, l: usize, x: &O::Act) -> O::Act {
+    let h = ops.ffn_up(l, x);
+    ops.tap(At::FfnHidden(l), h)
+}
+
+/// From the channels back to the residual stream `x`.
+pub fn fed<O: Ops>(ops: &mut O, l: usize, h: O::Act, x: O::Act, batch: &Batch) -> O::Act {
     let y = ops.linear(Lin::Down(l), h, Activation::Identity);
     let y = ops.dropout(DropSite::Ffn(l), y, batch);
     let x = ops.add_norm(Norm::Ffn(l), y, x);

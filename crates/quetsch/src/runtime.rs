@@ -291,7 +291,15 @@ impl<'a> CpuOps<'a> {
         CpuOps { model, team: &ALONE, ws, starts: vec![], failed: None }
     }
 
-    fn recycle(&mut self, x: Act) {
+    /// Float rows of a batch `[tokens, width]`, to go on from.
+    pub(crate) fn resume(&mut self, batch: &Batch, from: &[f32]) -> Act {
+        self.starts.clone_from(&batch.starts);
+        let mut values = self.ws.floats(from.len());
+        values[..from.len()].copy_from_slice(from);
+        Act { rows: batch.tokens(), width: from.len() / batch.tokens().max(1), values, int8: None }
+    }
+
+    pub(crate) fn recycle(&mut self, x: Act) {
         self.ws.floats.push(x.values);
         if let Some(x) = x.int8 {
             self.ws.free(x);

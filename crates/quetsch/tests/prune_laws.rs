@@ -451,6 +451,15 @@ fn tuning_is_least_squares() {
     }
     let other = cut(&[], &[(1, vec![0])]);
     assert!(tune(&parent, &child, &other, &sentences, Tune::Mask, 1).is_err());
+    // Later layers are fitted to what the ones before give now: an uncut layer after a cut moves back towards the parent.
+    let plan = cut(&[], &[(0, vec![0, 1, 2])]);
+    let child = apply(&parent, &plan).unwrap();
+    let tuned = tune(&parent, &child, &plan, &sentences, Tune::Weights, 1).unwrap();
+    let mut first = child.clone();
+    for t in [Tensor::W(Lin::Out(0)), Tensor::W(Lin::Down(0))] {
+        first.set(t, tuned.get(t).clone());
+    }
+    assert!(far(&tuned) < far(&first) && far(&first) < far(&child), "{} {}", far(&tuned), far(&first));
 }
 
 /// 4-bit blocks run across heads: what a layout changes comes out as the values it had, what it leaves alone keeps its

@@ -17,7 +17,7 @@ mod stage;
 #[cfg(test)]
 pub use bench::Latency;
 pub use bench::Speed;
-pub use run::expected;
+pub use run::{expected, shapes};
 
 use crate::logs::Logs;
 use crate::recipe::Kind;

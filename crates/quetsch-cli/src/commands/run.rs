@@ -1,7 +1,7 @@
 //! `quetsch run`: a whole recipe.
 
 use crate::hub;
-use crate::recipe::{self, Kind, Recipe};
+use crate::recipe::{self, Kind, Recipe, Stage};
 use crate::ui::{self, Ui, mb};
 use crate::work::corpus::Wanted;
 use crate::work::gate::Gate;
@@ -16,7 +16,7 @@ use quetsch::spec::{HeadSpec, ModelSpec};
 use quetsch::task::Level;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Flags of `run`.
 #[derive(Debug, Args)]
@@ -89,43 +89,37 @@ struct Step {
 }
 
 fn plan(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Vec<Step>> {
-    let mut specs: BTreeMap<PathBuf, ModelSpec> = BTreeMap::new();
-    let mut steps = vec![];
-    for stage in recipe.until(options.until.as_deref())? {
+    let stages = recipe.until(options.until.as_deref())?;
+    let steps = stages.iter().zip(shapes(recipe, stages)).map(|(stage, spec)| {
         let job = recipe.job(stage, ui.threads(recipe.threads), options);
         let done = job.provenance().ok().zip(Provenance::read(&job.out)).is_some_and(|(a, b)| a.key == b.key);
-        let mut spec_of = |dir: &Path| -> Option<ModelSpec> {
-            if let Some(spec) = specs.get(dir) {
-                return Some(spec.clone());
-            }
-            let spec = dir::read_checkpoint(dir).ok()?.spec;
-            specs.insert(dir.to_path_buf(), spec.clone());
-            Some(spec)
-        };
-        let start = job.inputs.get("model").or(job.inputs.get("teacher")).and_then(|d| spec_of(d));
-        let spec = start
-            .filter(|_| stage.kind.makes_model())
-            .map(|s| expected(&stage.kind, with_head(&stage.kind, s, recipe)));
-        let (parameters, bytes) = match &spec {
-            Some(spec) => (Some(parameters(spec)), Some(expected_bytes(&stage.kind, spec))),
-            None => (None, None),
-        };
-        if let Some(spec) = spec {
-            specs.insert(job.out.clone(), spec);
-        }
         let settings = serde_json::to_value(&stage.kind)?[stage.kind.name()].take();
-        steps.push(Step {
+        Ok(Step {
             id: stage.id.clone(),
             stage: stage.kind.name(),
             inputs: job.inputs.clone(),
             out: job.out.clone(),
             done,
-            parameters,
-            bytes,
+            parameters: spec.as_ref().map(parameters),
+            bytes: spec.as_ref().map(|spec| expected_bytes(&stage.kind, spec)),
             settings,
-        });
-    }
-    Ok(steps)
+        })
+    });
+    steps.collect()
+}
+
+/// The shape of the model that each stage will make, where there is one to count from.
+pub fn shapes(recipe: &Recipe, stages: &[Stage]) -> Vec<Option<ModelSpec>> {
+    let mut specs: BTreeMap<PathBuf, ModelSpec> = BTreeMap::new();
+    let shape = |stage: &Stage| {
+        let job = recipe.job(stage, 1, &Options::default());
+        let start = job.inputs.get("model").or(job.inputs.get("teacher")).filter(|_| stage.kind.makes_model())?;
+        let start = specs.get(start).cloned().or_else(|| Some(dir::read_checkpoint(start).ok()?.spec))?;
+        let spec = expected(&stage.kind, with_head(&stage.kind, start, recipe));
+        specs.insert(job.out, spec.clone());
+        Some(spec)
+    };
+    stages.iter().map(shape).collect()
 }
 
 fn parameters(spec: &ModelSpec) -> usize {

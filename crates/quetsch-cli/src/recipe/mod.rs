@@ -470,6 +470,17 @@ impl Kind {
             _ => None,
         }
     }
+
+    /// Epochs that the stage trains.
+    pub fn epochs(&self) -> usize {
+        match self {
+            Kind::Train(s) => s.training.epochs,
+            Kind::Distill(s) => s.training.epochs,
+            Kind::Prune(s) => s.training.epochs,
+            Kind::Quantize(s) => s.training.epochs,
+            Kind::Eval(_) | Kind::Compare(_) => 0,
+        }
+    }
 }
 
 impl Recipe {

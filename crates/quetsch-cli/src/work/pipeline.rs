@@ -4,6 +4,7 @@ use super::compare::{Comparison, Plan, compare};
 use super::gate::{self, Gate};
 use super::report::Lang;
 use super::{Job, corpus, pretty};
+use crate::commands::shapes;
 use crate::exit::{interrupted, usage};
 use crate::recipe::{self, Kind, Recipe, Stage};
 use crate::settings::{Compare, Data};
@@ -11,6 +12,7 @@ use crate::ui::{Ui, duration, is_interrupted};
 use anyhow::{Context, Result};
 use quetsch::atomic::write_file;
 use quetsch::data::Dataset;
+use quetsch::spec::ModelSpec;
 use quetsch::task::Task;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -103,10 +105,13 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     let measured = measured(recipe, stages, options, ui)?;
     let mut comparisons = stages.iter().filter(|s| matches!(s.kind, Kind::Compare(_)));
     let last_comparison = comparisons.next_back().map(|s| s.id.as_str());
+    let works: Vec<f64> = stages.iter().zip(shapes(recipe, stages)).map(|(s, spec)| work(&s.kind, spec)).collect();
     let (mut reports, mut comparison) = (vec![], None);
     for (n, stage) in stages.iter().enumerate() {
         let so_far = duration(started.elapsed().as_secs_f64());
-        ui.note(format!("stage {} of {}: {} ({so_far} so far)", n + 1, stages.len(), stage.id));
+        let ahead =
+            ahead(&works, &reports).map_or_else(String::new, |s| format!(", trainings about {} more", duration(s)));
+        ui.note(format!("stage {} of {}: {} ({so_far} so far{ahead})", n + 1, stages.len(), stage.id));
         if is_interrupted() {
             let id = &stage.id;
             return Err(interrupted(format!("interrupted before {id}; run the same command to go on from there")));
@@ -152,6 +157,22 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     write_file(recipe.out.join("recipe.resolved.toml"), recipe.to_toml()?.as_bytes())?;
     check_gates(recipe, stages, options, comparison.as_ref(), &measured.data, threads, ui)?;
     Ok(Finished { comparison, report })
+}
+
+/// What a stage trains: multiply-accumulates of the linears on a token, times epochs.
+fn work(kind: &Kind, spec: Option<ModelSpec>) -> f64 {
+    let linears = spec.map_or(0, |s| s.linears().iter().map(|(_, rows, columns)| rows * columns).sum::<usize>());
+    (linears * kind.epochs()) as f64
+}
+
+/// Seconds that the trainings without a report will take, at the pace of those that have one.
+fn ahead(works: &[f64], reports: &[Value]) -> Option<f64> {
+    let (done, left) = works.split_at(reports.len());
+    let trained = done.iter().zip(reports).filter(|(work, _)| **work > 0.0);
+    let (work, seconds) = trained
+        .fold((0.0, 0.0), |sum, (work, report)| (sum.0 + work, sum.1 + report["seconds"].as_f64().unwrap_or(0.0)));
+    let left: f64 = left.iter().sum();
+    (seconds > 0.0 && left > 0.0).then(|| seconds / work * left)
 }
 
 /// Gates look at every model but the first: those that were made smaller.
@@ -268,4 +289,21 @@ fn eval(job: &Job, ui: &Ui) -> Result<Value> {
     let report = json!({ "id": job.id, "stage": "eval", "test": test });
     write_file(job.out.join(super::REPORT), &pretty(&report)?)?;
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_ahead_goes_by_what_was_trained() {
+        let seconds = |s: f64| json!({ "seconds": s });
+        let works = [6.0, 0.0, 3.0, 1.0, 0.0];
+        assert_eq!(ahead(&works, &[]), None, "nothing to go by");
+        assert_eq!(ahead(&works, &[seconds(12.0)]), Some(8.0));
+        assert_eq!(ahead(&works, &[seconds(12.0), seconds(99.0)]), Some(8.0), "what is not trained says nothing");
+        assert_eq!(ahead(&works, &[seconds(12.0), json!({}), seconds(24.0)]), Some(4.0));
+        assert_eq!(ahead(&works, &[seconds(12.0), json!({}), seconds(24.0), seconds(1.0)]), None, "nothing ahead");
+        assert_eq!(ahead(&[0.0, 2.0], &[json!({})]), None);
+    }
 }

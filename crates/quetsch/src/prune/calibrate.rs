@@ -7,8 +7,8 @@ use crate::batch::{Batch, Encoding};
 use crate::checkpoint::{Checkpoint, FloatType, Stored};
 use crate::error::{Error, Result};
 use crate::hooks::Record;
-use crate::ops::{With, encode};
-use crate::runtime::{CpuOps, Model, Workspace};
+use crate::ops::{Inspect, With, attended, channels, embedded, encode, fed, heads};
+use crate::runtime::{Act, CpuOps, Model, Workspace};
 use crate::spec::{At, Lin, ModelSpec, Tensor};
 use quetsch_kernels::gemm::{Size, View, Write, gemm};
 use std::collections::BTreeMap;
@@ -18,6 +18,14 @@ fn exit(kind: Kind, layer: usize) -> (Lin, At) {
     match kind {
         Kind::Head => (Lin::Out(layer), At::Context(layer)),
         Kind::Channel => (Lin::Down(layer), At::FfnHidden(layer)),
+    }
+}
+
+/// How many inner values the groups of a kind have.
+fn width(spec: &ModelSpec, kind: Kind, layer: usize) -> usize {
+    match kind {
+        Kind::Head => spec.inner(layer),
+        Kind::Channel => spec.layers[layer].ffn,
     }
 }
 
@@ -34,52 +42,46 @@ fn before(spec: &ModelSpec, kind: Kind, layer: usize) -> At {
 /// Sentences of one forward: enough for products at full speed.
 const CHUNK: usize = 32;
 
-/// Runs `see` on the wanted activations of all sentences, chunk after chunk, and adds its results up by `add`. Chunks
-/// are dealt to threads in turn: the result depends on their number, not on time.
-fn observe<T: Send>(
-    models: &[(&Model, &[At])],
-    sentences: &[Encoding],
+/// Runs `see` on all chunks and adds its results up. Chunks are dealt to threads in turn: the result depends on their
+/// number, not on time.
+fn observe<C: Send>(
+    chunks: &mut [C],
     threads: usize,
-    zero: impl Fn() -> T + Sync,
-    see: impl Fn(&mut T, &Batch, &[BTreeMap<At, Vec<f32>>]) + Sync,
-    mut add: impl FnMut(&mut T, T),
-) -> Result<T> {
-    let work = |first: usize| -> Result<T> {
+    zero: impl Fn() -> Vec<Vec<f32>> + Sync,
+    see: impl Fn(&mut Vec<Vec<f32>>, &mut C, &mut Workspace) -> Result<()> + Sync,
+) -> Result<Vec<Vec<f32>>> {
+    let mut hands: Vec<Vec<&mut C>> = (0..threads.max(1)).map(|_| vec![]).collect();
+    let n = hands.len();
+    chunks.iter_mut().enumerate().for_each(|(i, chunk)| hands[i % n].push(chunk));
+    let work = |hand: Vec<&mut C>| -> Result<Vec<Vec<f32>>> {
         let (mut sum, mut ws) = (zero(), Workspace::default());
-        for chunk in sentences.chunks(CHUNK).skip(first).step_by(threads.max(1)) {
-            let mut seen = vec![];
-            let mut last = Batch::default();
-            for (model, want) in models {
-                last = Batch::new(model.spec(), chunk)?;
-                let mut record = Record { want: want.to_vec(), got: BTreeMap::new() };
-                let mut ops = CpuOps::new(model, &mut ws);
-                encode(&mut With { ops: &mut ops, hook: &mut record }, model.spec(), &last);
-                seen.push(record.got);
-            }
-            see(&mut sum, &last, &seen);
-        }
+        hand.into_iter().try_for_each(|chunk| see(&mut sum, chunk, &mut ws))?;
         Ok(sum)
     };
-    let parts: Vec<Result<T>> = std::thread::scope(|s| {
+    let parts: Vec<Result<Vec<Vec<f32>>>> = std::thread::scope(|s| {
         let work = &work;
-        let all: Vec<_> = (0..threads.max(1)).map(|t| s.spawn(move || work(t))).collect();
+        let all: Vec<_> = hands.into_iter().map(|hand| s.spawn(move || work(hand))).collect();
         all.into_iter().map(|h| h.join().expect("a calibration thread never panics")).collect()
     });
     let mut sum = zero();
     for part in parts {
-        add(&mut sum, part?);
+        sum.iter_mut().zip(part?).for_each(|(a, b)| quetsch_kernels::math::add(a, &b));
     }
     Ok(sum)
-}
-
-fn add_all(a: &mut [Vec<f32>], b: Vec<Vec<f32>>) {
-    a.iter_mut().zip(b).for_each(|(a, b)| quetsch_kernels::math::add(a, &b));
 }
 
 /// Adds x^T y, x `[rows, n]`, y `[rows, m]`, to `out` `[n, m]`.
 fn add_product(x: &[f32], n: usize, y: &[f32], m: usize, out: &mut [f32]) {
     if n > 0 && m > 0 {
         gemm(Size { m: n, n: m, k: x.len() / n }, 1.0, View::rows(x, n).t(), View::rows(y, m), out, m, Write::Add);
+    }
+}
+
+/// Adds a h W^T, h `[rows, n]`, W `[hidden, n]`, to `out` `[rows, hidden]`.
+fn add_output(a: f32, h: &[f32], w: &[f32], n: usize, out: &mut [f32], hidden: usize) {
+    if n > 0 {
+        let size = Size { m: out.len() / hidden, n: hidden, k: n };
+        gemm(size, a, View::rows(h, n), View::rows(w, n).t(), out, hidden, Write::Add);
     }
 }
 
@@ -96,10 +98,7 @@ pub fn activation(ck: &Checkpoint, sentences: &[Encoding], threads: usize) -> Re
     let (spec, model) = (&ck.spec, Model::pack(ck));
     let layers = spec.layers.len();
     let places: Vec<(Kind, usize)> = (0..layers).flat_map(|l| [(Kind::Head, l), (Kind::Channel, l)]).collect();
-    let width = |(kind, l): (Kind, usize)| match kind {
-        Kind::Head => spec.inner(l),
-        Kind::Channel => spec.layers[l].ffn,
-    };
+    let width = |(kind, l): (Kind, usize)| width(spec, kind, l);
     let mut want: Vec<At> = places.iter().map(|(k, l)| exit(*k, *l).1).collect();
     want.extend((0..layers).flat_map(|l| [before(spec, Kind::Head, l), At::Hidden(l)]));
     // Second moments by place, then the layers' angles and the number of tokens.
@@ -110,9 +109,14 @@ pub fn activation(ck: &Checkpoint, sentences: &[Encoding], threads: usize) -> Re
         });
         moments.chain([vec![0.0; layers], vec![0.0]]).collect()
     };
-    let see = |sum: &mut Vec<Vec<f32>>, batch: &Batch, seen: &[BTreeMap<At, Vec<f32>>]| {
+    let see = |sum: &mut Vec<Vec<f32>>, chunk: &mut &[Encoding], ws: &mut Workspace| {
+        let batch = Batch::new(spec, *chunk)?;
+        let mut record = Record { want: want.clone(), got: BTreeMap::new() };
+        let mut ops = CpuOps::new(&model, ws);
+        encode(&mut With { ops: &mut ops, hook: &mut record }, spec, &batch);
+        let seen = record.got;
         for (i, p) in places.iter().enumerate() {
-            let (x, n) = (&seen[0][&exit(p.0, p.1).1], width(*p));
+            let (x, n) = (&seen[&exit(p.0, p.1).1], width(*p));
             match p.0 {
                 Kind::Head => add_product(x, n, x, n, &mut sum[i]),
                 Kind::Channel => x.iter().enumerate().for_each(|(j, v)| sum[i][j % n] += v * v),
@@ -120,7 +124,7 @@ pub fn activation(ck: &Checkpoint, sentences: &[Encoding], threads: usize) -> Re
         }
         let (angles, tokens) = sum[places.len()..].split_at_mut(1);
         for (l, angle) in angles[0].iter_mut().enumerate() {
-            let rows = |at: At| seen[0][&at].chunks_exact(spec.hidden);
+            let rows = |at: At| seen[&at].chunks_exact(spec.hidden);
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
             let far = rows(before(spec, Kind::Head, l)).zip(rows(At::Hidden(l)));
             *angle += far
@@ -128,8 +132,10 @@ pub fn activation(ck: &Checkpoint, sentences: &[Encoding], threads: usize) -> Re
                 .sum::<f32>();
         }
         tokens[0][0] += batch.tokens() as f32;
+        Ok(())
     };
-    let mut sums = observe(&[(&model, &want)], sentences, threads, zero, see, |a, b| add_all(a, b))?;
+    let mut chunks: Vec<&[Encoding]> = sentences.chunks(CHUNK).collect();
+    let mut sums = observe(&mut chunks, threads, zero, see)?;
     let tokens = sums.pop().unwrap_or_default()[0].max(1.0);
     let angles = sums.pop().unwrap_or_default();
     let mut scores = Scores { layers: angles.iter().map(|a| a / tokens).collect(), ..Scores::default() };
@@ -172,9 +178,13 @@ pub enum Tune {
 /// determine stays as it is.
 const RIDGE: f64 = 0.01;
 
+/// Tokens that least squares look at: their residual streams are in memory, those of both models.
+const TOKENS: usize = 1 << 17;
+
 /// `child`, which `plan` made of `parent`, with `Out` and `Down` of each layer fitted by least squares, first layer
-/// first: `min || (x + W h) - (x' + W' h') ||^2 + ridge || W' - W ||^2` over the tokens of these sentences, primes for
-/// the child as fitted so far. LayerNorm comes after the sum that is fitted.
+/// first: `min || (x + W h) - (x' + W' h') ||^2 + ridge || W' - W ||^2` over the tokens of these sentences (an even
+/// choice of them where they are many), primes for the child as fitted so far. LayerNorm comes after the sum that is
+/// fitted. Both models go through their halves of layers side by side, so each computes a layer once or twice.
 ///
 /// # Errors
 /// A plan that drops layers or does not belong to the two, a quantised checkpoint, or a sentence that they cannot read.
@@ -192,21 +202,25 @@ pub fn tune(
             "least squares after a cut needs a plan that keeps all layers, and the model that it made",
         ));
     }
-    let mut tuned = child.clone();
+    if parent.is_quantised() || child.is_quantised() {
+        return Err(Error::invalid("least squares after a cut needs float weights"));
+    }
+    let tokens: usize = sentences.iter().map(|s| s.ids.len()).sum();
+    let some = sentences.iter().step_by(tokens.div_ceil(TOKENS).max(1)).collect::<Vec<_>>();
     let original = Model::pack(parent);
+    let (mut tuned, mut model) = (child.clone(), Model::pack(child));
+    let mut ws = Workspace::default();
+    let pair = |sentences: &[&Encoding]| -> Result<Pair> {
+        let mut stream = |model| Stream::new(model, sentences, &mut ws);
+        Ok(Pair { parent: stream(&original)?, child: stream(&model)? })
+    };
+    let mut pairs: Vec<Pair> = some.chunks(CHUNK).map(pair).collect::<Result<_>>()?;
     for l in 0..child.spec.layers.len() {
         for kind in [Kind::Head, Kind::Channel] {
-            let (site, at) = exit(kind, l);
-            let n = match kind {
-                Kind::Head => tuned.spec.inner(l),
-                Kind::Channel => tuned.spec.layers[l].ffn,
-            };
-            if n == 0 {
-                continue;
-            }
-            let fitted =
-                fit(&original, parent, &tuned, (site, at, before(&tuned.spec, kind, l)), sentences, threads)?;
+            let fitted = fit((&original, parent), (&model, &tuned), (kind, l), &mut pairs, threads)?;
+            let (site, n) = (exit(kind, l).0, width(&tuned.spec, kind, l));
             let weights = match how {
+                _ if n == 0 => vec![],
                 Tune::Weights => fitted.weights(&tuned, site, n),
                 Tune::Mask => fitted.mask(&tuned, site, n, unit(&tuned.spec, kind)),
             };
@@ -216,9 +230,70 @@ pub fn tune(
             };
             let data = weights.into_iter().map(|w| dtype.round(w)).collect();
             tuned.set(Tensor::W(site), Stored::Float { dtype, data });
+            model = Model::pack(&tuned);
+            observe(&mut pairs, threads, Vec::new, |_, pair, ws| {
+                pair.child.pass(&model, (kind, l), ws);
+                Ok(())
+            })?;
         }
     }
     Ok(tuned)
+}
+
+/// A residual stream in front of the heads or the channels of a layer.
+struct Stream {
+    batch: Batch,
+    /// `[tokens, hidden]`
+    x: Vec<f32>,
+}
+
+impl Stream {
+    fn new(model: &Model, sentences: &[&Encoding], ws: &mut Workspace) -> Result<Stream> {
+        let batch = Batch::new(model.spec(), sentences.iter().copied())?;
+        let mut ops = CpuOps::new(model, ws);
+        let x = embedded(&mut ops, model.spec(), &batch);
+        let x = ops.values(&x);
+        Ok(Stream { batch, x })
+    }
+
+    /// The inner values of a half of a layer: contexts of heads, or channels.
+    fn inner(&self, model: &Model, half: (Kind, usize), ws: &mut Workspace) -> Vec<f32> {
+        let mut ops = CpuOps::new(model, ws);
+        let (h, x) = self.open(&mut ops, half);
+        ops.recycle(x);
+        let values = ops.values(&h);
+        ops.recycle(h);
+        values
+    }
+
+    fn open(&self, ops: &mut CpuOps, (kind, l): (Kind, usize)) -> (Act, Act) {
+        let x = ops.resume(&self.batch, &self.x);
+        let h = match kind {
+            Kind::Head => heads(ops, l, &x, &self.batch),
+            Kind::Channel => channels(ops, l, &x),
+        };
+        (h, x)
+    }
+
+    /// Goes through a half of a layer; its inner values.
+    fn pass(&mut self, model: &Model, half: (Kind, usize), ws: &mut Workspace) -> Vec<f32> {
+        let mut ops = CpuOps::new(model, ws);
+        let (h, x) = self.open(&mut ops, half);
+        let inner = ops.values(&h);
+        let x = match half {
+            (Kind::Head, l) => attended(&mut ops, l, h, x, &self.batch),
+            (Kind::Channel, l) => fed(&mut ops, l, h, x, &self.batch),
+        };
+        self.x = ops.values(&x);
+        ops.recycle(x);
+        inner
+    }
+}
+
+/// The same sentences in both models.
+struct Pair {
+    parent: Stream,
+    child: Stream,
 }
 
 /// The normal equations of one output matrix.
@@ -229,34 +304,30 @@ struct Normal {
     missing: Vec<f32>,
 }
 
+/// The normal equations of a half of a layer, which the parent's streams pass.
 fn fit(
-    original: &Model,
-    parent: &Checkpoint,
-    tuned: &Checkpoint,
-    (site, at, stream): (Lin, At, At),
-    sentences: &[Encoding],
+    (original, parent): (&Model, &Checkpoint),
+    (model, tuned): (&Model, &Checkpoint),
+    half: (Kind, usize),
+    pairs: &mut [Pair],
     threads: usize,
 ) -> Result<Normal> {
-    let hidden = tuned.spec.hidden;
+    let (hidden, site) = (tuned.spec.hidden, exit(half.0, half.1).0);
     let (w, v) = (parent.values(Tensor::W(site)), tuned.values(Tensor::W(site)));
-    let (m, n) = (w.len() / hidden, v.len() / hidden);
-    let model = Model::pack(tuned);
-    let want = [at, stream];
+    let (m, n) = (width(&parent.spec, half.0, half.1), width(&tuned.spec, half.0, half.1));
     let zero = || vec![vec![0.0; n * n], vec![0.0; n * hidden]];
-    let see = |sum: &mut Vec<Vec<f32>>, batch: &Batch, seen: &[BTreeMap<At, Vec<f32>>]| {
-        let rows = batch.tokens();
-        let (before, after) = (&seen[0], &seen[1]);
+    let see = |sum: &mut Vec<Vec<f32>>, pair: &mut Pair, ws: &mut Workspace| {
         // r = (x + h W^T) - (x' + h' V^T); the biases are the same.
-        let mut r = before[&stream].clone();
-        r.iter_mut().zip(&after[&stream]).for_each(|(r, x)| *r -= x);
-        let (h, k) = (View::rows(&before[&at], m), View::rows(&after[&at], n));
-        gemm(Size { m: rows, n: hidden, k: m }, 1.0, h, View::rows(&w, m).t(), &mut r, hidden, Write::Add);
-        gemm(Size { m: rows, n: hidden, k: n }, -1.0, k, View::rows(&v, n).t(), &mut r, hidden, Write::Add);
-        add_product(&after[&at], n, &after[&at], n, &mut sum[0]);
-        add_product(&after[&at], n, &r, hidden, &mut sum[1]);
+        let mut r = pair.parent.x.clone();
+        r.iter_mut().zip(&pair.child.x).for_each(|(r, x)| *r -= x);
+        let (h, k) = (pair.parent.pass(original, half, ws), pair.child.inner(model, half, ws));
+        add_output(1.0, &h, &w, m, &mut r, hidden);
+        add_output(-1.0, &k, &v, n, &mut r, hidden);
+        add_product(&k, n, &k, n, &mut sum[0]);
+        add_product(&k, n, &r, hidden, &mut sum[1]);
+        Ok(())
     };
-    let models: [(&Model, &[At]); 2] = [(original, &want), (&model, &want)];
-    let mut sums = observe(&models, sentences, threads, zero, see, |a, b| add_all(a, b))?;
+    let mut sums = observe(pairs, threads, zero, see)?;
     let missing = sums.pop().unwrap_or_default();
     Ok(Normal { gram: sums.pop().unwrap_or_default(), missing })
 }

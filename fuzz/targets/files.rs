@@ -148,7 +148,7 @@ fn vocabulary(json: &[u8]) -> Option<()> {
         files: [("tokenizer.json".to_owned(), json.to_owned())].into_iter().collect(),
     };
     let model = ModelDir { checkpoint: MODEL.checkpoint.clone(), tokenizer: files(json) };
-    let pruned = vocab::prune(&model, &TEXTS, 1).ok()?;
+    let pruned = vocab::prune(&model, &TEXTS, 0, 1).ok()?;
     assert_eq!(pruned.model.checkpoint.spec.vocab, pruned.kept.len());
     let read = |files| Tokenizer::new(files).expect("it was read");
     let (old, new) = (read(&model.tokenizer), read(&pruned.model.tokenizer));

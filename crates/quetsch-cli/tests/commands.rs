@@ -415,6 +415,9 @@ fn a_pruned_vocabulary_gives_the_same_answers_on_what_it_was_pruned_for() {
     };
     assert_eq!(answers("small", "I lost my card, please!"), answers("model", "I lost my card, please!"));
     assert!(answers("small", "quite another sentence").is_array());
+    place.ok("prune --model model --train train.csv --vocab train+150 --epochs 0 --out first");
+    let entries = ["small", "first", "model"].map(|dir| rows(dir).as_u64().expect("a number"));
+    assert!(entries[0] < entries[1] && entries[1] < entries[2], "{entries:?}");
     place.ok("prune --model model --train train.csv --test test.csv --vocab train --heads 1 --epochs 1 --out both");
     assert_eq!(rows("both"), rows("small"));
     let none = place.run("prune --model model --vocab train --epochs 0 --out o");

@@ -1,7 +1,8 @@
 //! Vocabulary pruning: the rows of the word table, and the tokenizer's entries, that given texts need.
 //!
 //! Kept are the special and added tokens, every single character and `##` character (so that a text that could be
-//! tokenised still can be), and the pieces seen in the texts. WordPiece takes the longest piece that matches; a subset
+//! tokenised still can be), the pieces seen in the texts, and the first so many entries if that is asked for: BERT's are
+//! listed by how frequent they are, so these are the likely ones of texts to come. WordPiece takes the longest piece that matches; a subset
 //! of the pieces that has a text's pieces gives the same pieces, and so the same logits to the bit. (A word that was
 //! unknown may be known afterwards: the piece that led into the dead end may be gone.)
 
@@ -21,11 +22,11 @@ pub struct Pruned {
     pub kept: Vec<u32>,
 }
 
-/// Cuts the vocabulary down to what `texts` need.
+/// Cuts the vocabulary down to what `texts` need and its `first` entries, those that BERT left unused aside.
 ///
 /// # Errors
 /// A tokenizer that is not WordPiece, ids without a row in the word table, or a quantised word table.
-pub fn prune(model: &ModelDir, texts: &[impl AsRef<str> + Sync], threads: usize) -> Result<Pruned> {
+pub fn prune(model: &ModelDir, texts: &[impl AsRef<str> + Sync], first: usize, threads: usize) -> Result<Pruned> {
     let tokenizer = Tokenizer::new(&model.tokenizer)?;
     let rows = model.checkpoint.spec.vocab;
     if tokenizer.rows() > rows {
@@ -34,14 +35,19 @@ pub fn prune(model: &ModelDir, texts: &[impl AsRef<str> + Sync], threads: usize)
             tokenizer.rows() - 1
         )));
     }
-    let kept = needed(&tokenizer, texts, threads)?;
+    let kept = needed(&tokenizer, texts, first, threads)?;
     let files = rewrite(&model.tokenizer, &tokenizer, &kept)?;
     let checkpoint = keep_rows(&model.checkpoint, &kept)?;
     Ok(Pruned { model: ModelDir { checkpoint, tokenizer: files }, kept })
 }
 
 /// The ids to keep, ascending.
-fn needed(tokenizer: &Tokenizer, texts: &[impl AsRef<str> + Sync], threads: usize) -> Result<Vec<u32>> {
+fn needed(
+    tokenizer: &Tokenizer,
+    texts: &[impl AsRef<str> + Sync],
+    first: usize,
+    threads: usize,
+) -> Result<Vec<u32>> {
     let t = tokenizer.inner();
     let tokenizers::ModelWrapper::WordPiece(model) = t.get_model() else {
         return Err(Error::invalid("only a WordPiece vocabulary can be pruned, the tokenizer has another model"));
@@ -50,7 +56,8 @@ fn needed(tokenizer: &Tokenizer, texts: &[impl AsRef<str> + Sync], threads: usiz
     let prefix = &model.continuing_subword_prefix;
     for (token, id) in t.get_vocab(true) {
         let piece = token.strip_prefix(prefix.as_str()).unwrap_or(&token);
-        if piece.chars().count() == 1 || token.chars().count() == 1 || token == model.unk_token {
+        let is_first = (id as usize) < first && !token.starts_with("[unused");
+        if is_first || piece.chars().count() == 1 || token.chars().count() == 1 || token == model.unk_token {
             keep.insert(id);
         }
     }

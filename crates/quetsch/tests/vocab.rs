@@ -9,6 +9,7 @@ use quetsch::runtime::Model;
 use quetsch::spec::Tensor;
 use quetsch::tokenizer::Tokenizer;
 use quetsch::vocab;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 fn model(name: &str) -> ModelDir {
@@ -27,7 +28,7 @@ fn logits(m: &ModelDir, texts: &[&str]) -> Vec<f32> {
 fn seen_texts_have_the_same_logits_and_others_still_encode() {
     for name in ["tiny_student", "tiny_bert"] {
         let whole = model(name);
-        let cut = vocab::prune(&whole, &SEEN, 2).unwrap();
+        let cut = vocab::prune(&whole, &SEEN, 0, 2).unwrap();
         let (old, new) = (Tokenizer::new(&whole.tokenizer).unwrap(), Tokenizer::new(&cut.model.tokenizer).unwrap());
         let n = cut.kept.len();
         assert!(n < whole.checkpoint.spec.vocab, "{name}: {n}");
@@ -49,8 +50,14 @@ fn seen_texts_have_the_same_logits_and_others_still_encode() {
         for (new_id, old_id) in cut.kept.iter().enumerate() {
             assert_eq!(token(&old, *old_id), token(&new, new_id as u32));
         }
+        // With the first entries, what a text to come would have kept.
+        let more = vocab::prune(&whole, &SEEN, n, 1).unwrap();
+        let unused = |id: u32| token(&old, id).starts_with("[unused");
+        let wanted = (0..n as u32).filter(|id| !unused(*id)).chain(cut.kept.iter().copied());
+        assert_eq!(more.kept, wanted.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>(), "{name}");
+        assert!(more.kept.len() > n && more.kept.len() < whole.checkpoint.spec.vocab, "{name}");
         // Nothing more to cut.
-        let again = vocab::prune(&cut.model, &SEEN, 1).unwrap();
+        let again = vocab::prune(&cut.model, &SEEN, 0, 1).unwrap();
         assert_eq!(again.kept, (0..n as u32).collect::<Vec<_>>());
     }
 }
@@ -73,7 +80,7 @@ fn any_texts_can_decide() {
             };
             let (seen, other): (Vec<String>, Vec<String>) =
                 ((0..5).map(|_| text()).collect(), (0..5).map(|_| text()).collect());
-            let cut = vocab::prune(&whole, &seen, 1).unwrap().model;
+            let cut = vocab::prune(&whole, &seen, 0, 1).unwrap().model;
             let texts: Vec<&str> = seen.iter().map(String::as_str).collect();
             assert_eq!(logits(&whole, &texts), logits(&cut, &texts), "{name} {seed}");
             let new = Tokenizer::new(&cut.tokenizer).unwrap();
@@ -91,7 +98,7 @@ fn any_texts_can_decide() {
 #[test]
 fn the_files_agree_and_survive_the_disk() {
     let whole = model("tiny_student");
-    let cut = vocab::prune(&whole, &SEEN, 1).unwrap().model;
+    let cut = vocab::prune(&whole, &SEEN, 0, 1).unwrap().model;
     let place = tempfile::tempdir().unwrap();
     dir::write(place.path().join("m"), &cut, false).unwrap();
     let back = dir::read(place.path().join("m")).unwrap();
@@ -124,7 +131,7 @@ fn ids_move_wherever_they_stand() {
     m.tokenizer.files.retain(|name, _| name == "special_tokens_map.json");
     m.tokenizer.files.insert("tokenizer.json".into(), text.into_bytes());
     m.checkpoint.config.insert("pad_token_id".into(), (m.checkpoint.spec.vocab - 5).into());
-    let cut = vocab::prune(&m, &SEEN, 1).unwrap();
+    let cut = vocab::prune(&m, &SEEN, 0, 1).unwrap();
     let n = cut.kept.len();
     assert!(n < m.checkpoint.spec.vocab);
     assert_eq!(cut.model.checkpoint.config["pad_token_id"], n - 5);
@@ -141,9 +148,9 @@ fn what_cannot_be_pruned_is_a_clear_error() {
         1,
     )
     .unwrap();
-    assert!(vocab::prune(&fewer, &SEEN, 1).err().unwrap().to_string().contains("9 rows"));
+    assert!(vocab::prune(&fewer, &SEEN, 0, 1).err().unwrap().to_string().contains("9 rows"));
     let f16 = quantise(&m.checkpoint, &[("*".into(), Scheme::F16)], &[]).unwrap();
-    let f16 = vocab::prune(&ModelDir { checkpoint: f16, ..m.clone() }, &SEEN, 1);
+    let f16 = vocab::prune(&ModelDir { checkpoint: f16, ..m.clone() }, &SEEN, 0, 1);
     assert!(f16.is_ok(), "float types other than f32 are kept");
     let edited = |edit: &dyn Fn(&mut serde_json::Value)| {
         let mut odd = m.clone();
@@ -151,7 +158,7 @@ fn what_cannot_be_pruned_is_a_clear_error() {
         let mut json = serde_json::from_slice(text).unwrap();
         edit(&mut json);
         *text = json.to_string().into_bytes();
-        vocab::prune(&odd, &SEEN, 1).err().unwrap().to_string()
+        vocab::prune(&odd, &SEEN, 0, 1).err().unwrap().to_string()
     };
     let e = edited(&|json| {
         json["model"] = serde_json::json!({"type": "WordLevel", "vocab": {"[UNK]": 1}, "unk_token": "[UNK]"});

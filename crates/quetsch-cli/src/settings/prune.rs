@@ -5,6 +5,8 @@ use crate::values::Amount;
 use clap::{Args, ValueEnum};
 use quetsch::quant::Scheme;
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
 
 /// What says how much a head, channel or layer matters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -60,15 +62,56 @@ pub enum Tune {
     Weights,
 }
 
-/// Which entries of the vocabulary stay.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+/// Which entries of the vocabulary stay: `all`, `train` or `train+10000`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Vocab {
     /// All.
     #[default]
     All,
     /// Those that the training texts use, special tokens and single characters.
-    Train,
+    Train {
+        /// And so many from the vocabulary's beginning.
+        first: usize,
+    },
+}
+
+impl FromStr for Vocab {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Vocab, String> {
+        let first = match text {
+            "all" => return Ok(Vocab::All),
+            "train" => Some(0),
+            more => more.strip_prefix("train+").and_then(|n| n.parse().ok()).filter(|n| *n > 0),
+        };
+        let expected = || format!("is `{text}`, expected all, train or train+N (`train+10000`)");
+        first.map(|first| Vocab::Train { first }).ok_or_else(expected)
+    }
+}
+
+impl TryFrom<String> for Vocab {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Vocab, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Vocab {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Vocab::All => f.write_str("all"),
+            Vocab::Train { first: 0 } => f.write_str("train"),
+            Vocab::Train { first } => write!(f, "train+{first}"),
+        }
+    }
+}
+
+impl From<Vocab> for String {
+    fn from(vocab: Vocab) -> String {
+        vocab.to_string()
+    }
 }
 
 /// `[stage.prune]`: cut heads, feed-forward channels or layers, then recover with the teacher's help.
@@ -92,8 +135,9 @@ pub struct Prune {
     /// Layers to cut: a number (2: any two), a share (0.5) or a list of layers (3,5; layer 3 alone: 3,)
     #[arg(long, default_value_t = Amount::default())]
     pub layers: Amount,
-    /// Vocabulary to keep: all, or what the training texts use besides special tokens and single characters (train)
-    #[arg(long, value_enum, default_value_t = Vocab::All)]
+    /// Vocabulary to keep: all; what the training texts use besides special tokens and single characters (train); and the
+    /// first so many entries (train+10000)
+    #[arg(long, value_name = "WHICH", default_value_t = Vocab::All)]
     pub vocab: Vocab,
     /// What says how much a head or a channel matters
     #[arg(long, value_enum, default_value_t = Score::Gradient)]

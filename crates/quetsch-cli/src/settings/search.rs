@@ -67,8 +67,8 @@ pub struct Space {
     /// Shares of the feed-forward channels to cut
     #[arg(long, value_delimiter = ',', default_values_t = Space::default().ffn)]
     pub ffn: Vec<f64>,
-    /// Vocabularies: all, or what the training texts use (train)
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Space::default().vocab)]
+    /// Vocabularies: all, what the training texts use (train), and the first so many entries (train+10000)
+    #[arg(long, value_name = "WHICH,..", value_delimiter = ',', default_values_t = Space::default().vocab)]
     pub vocab: Vec<Vocab>,
     /// Weights of the true labels' cross-entropy [default: that of the training sections]
     #[arg(long, value_delimiter = ',')]
@@ -84,7 +84,7 @@ impl Default for Space {
             layers: vec![1, 2, 3, 4],
             heads: vec![0.0, 0.33],
             ffn: vec![0.0, 0.5],
-            vocab: vec![Vocab::All, Vocab::Train],
+            vocab: vec![Vocab::All, Vocab::Train { first: 0 }, Vocab::Train { first: 10_000 }],
             alpha: vec![],
             temperature: vec![],
         }

@@ -45,6 +45,19 @@ fn points_are_written_with_and_without_their_unit() {
 }
 
 #[test]
+fn vocabularies_are_written_as_they_are_read() {
+    for (text, want) in
+        [("all", Vocab::All), ("train", Vocab::Train { first: 0 }), ("train+10000", Vocab::Train { first: 10_000 })]
+    {
+        assert_eq!(text.parse(), Ok(want));
+        assert_eq!(want.to_string(), text);
+    }
+    for text in ["", "some", "train+", "train+0", "train+x", "train+-1", "train 5"] {
+        assert!(text.parse::<Vocab>().is_err_and(|e| e.contains("train+N")), "{text}");
+    }
+}
+
+#[test]
 fn flags_and_keys_have_the_same_defaults() {
     fn same<T: Settings + PartialEq + std::fmt::Debug + clap::FromArgMatches>() {
         let command = T::augment_args(clap::Command::new("x").no_binary_name(true));

@@ -178,7 +178,8 @@ fn at_once(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     };
     ui.note(&plan);
     let mut cut = prune::apply(&parent, &plan)?;
-    if s.tune != Tune::None {
+    // Where nothing is cut there is nothing to make up for.
+    if s.tune != Tune::None && cut.spec.layers != parent.spec.layers {
         let (how, what) = match s.tune {
             Tune::Weights => (prune::Tune::Weights, "output matrices"),
             _ => (prune::Tune::Mask, "a factor for every head and channel"),
@@ -190,9 +191,9 @@ fn at_once(job: &Job, s: &Prune, key: &str, ui: &Ui) -> Result<Made> {
     let (small, small_encoded);
     let (cut, run) = match s.vocab {
         Vocab::All => (cut, run),
-        Vocab::Train => {
+        Vocab::Train { first } => {
             let whole = ModelDir { checkpoint: cut, tokenizer: model.tokenizer.clone() };
-            small = vocab::prune(&whole, &corpus.train.texts, job.threads)?.model;
+            small = vocab::prune(&whole, &corpus.train.texts, first, job.threads)?.model;
             ui.note(format!(
                 "{}: {} of {} words of the vocabulary kept",
                 job.id, small.checkpoint.spec.vocab, parent.spec.vocab

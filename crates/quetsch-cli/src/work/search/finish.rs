@@ -189,15 +189,15 @@ impl Search<'_> {
             if vocab.contains(&Vocab::All) || i == teacher {
                 bases.push((name.clone(), i));
             }
-            if vocab.contains(&Vocab::Train) {
+            for kept in &vocab {
+                let Vocab::Train { first } = *kept else { continue };
                 let path = |i: usize| Some(trial::place(&self.trials[i].dir));
                 let mut stage = Prune { model: path(i), teacher: path(teacher), ..self.file.prune.clone() };
-                (stage.vocab, stage.training.epochs) = (Vocab::Train, 0);
+                (stage.vocab, stage.training.epochs) = (*kept, 0);
                 let parent = (self.trials[i].key.clone(), self.trials[i].macs);
-                smaller.push((
-                    format!("{name}-v"),
-                    self.plan(format!("{name}-v"), "vocabulary", Kind::Prune(stage), &parent.0, 0, parent.1)?,
-                ));
+                let name = format!("{name}-v{}", if first > 0 { first.to_string() } else { String::new() });
+                let trial = self.plan(name.clone(), "vocabulary", Kind::Prune(stage), &parent.0, 0, parent.1)?;
+                smaller.push((name, trial));
             }
         }
         self.run_trials(&smaller.iter().map(|s| s.1).collect::<Vec<_>>())?;

@@ -10,7 +10,7 @@ use crate::work::provenance::Provenance;
 use crate::work::quantize;
 use anyhow::Result;
 use clap::Args;
-use quetsch::dir;
+use quetsch::dir::Source;
 use quetsch::quant::{self, Scheme};
 use quetsch::spec::{HeadSpec, ModelSpec};
 use quetsch::task::Level;
@@ -114,7 +114,7 @@ pub fn shapes(recipe: &Recipe, stages: &[Stage]) -> Vec<Option<ModelSpec>> {
     let shape = |stage: &Stage| {
         let job = recipe.job(stage, 1, &Options::default());
         let start = job.inputs.get("model").or(job.inputs.get("teacher")).filter(|_| stage.kind.makes_model())?;
-        let start = specs.get(start).cloned().or_else(|| Some(dir::read_checkpoint(start).ok()?.spec))?;
+        let start = specs.get(start).cloned().or_else(|| Some(Source::open(start).ok()?.spec().clone()))?;
         let spec = expected(&stage.kind, with_head(&stage.kind, start, recipe));
         specs.insert(job.out, spec.clone());
         Some(spec)

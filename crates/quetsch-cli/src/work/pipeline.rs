@@ -15,6 +15,7 @@ use quetsch::data::Dataset;
 use quetsch::spec::ModelSpec;
 use quetsch::task::Task;
 use serde_json::{Value, json};
+use std::cell::LazyCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -105,12 +106,15 @@ pub fn run(recipe: &Recipe, options: &Options, ui: &Ui) -> Result<Finished> {
     let measured = measured(recipe, stages, options, ui)?;
     let mut comparisons = stages.iter().filter(|s| matches!(s.kind, Kind::Compare(_)));
     let last_comparison = comparisons.next_back().map(|s| s.id.as_str());
-    let works: Vec<f64> = stages.iter().zip(shapes(recipe, stages)).map(|(s, spec)| work(&s.kind, spec)).collect();
+    // Only wanted once something was made and more is to come.
+    let works = LazyCell::new(|| -> Vec<f64> {
+        stages.iter().zip(shapes(recipe, stages)).map(|(s, spec)| work(&s.kind, spec)).collect()
+    });
     let (mut reports, mut comparison) = (vec![], None);
     for (n, stage) in stages.iter().enumerate() {
         let so_far = duration(started.elapsed().as_secs_f64());
-        let ahead =
-            ahead(&works, &reports).map_or_else(String::new, |s| format!(", trainings about {} more", duration(s)));
+        let ahead = if n > 0 { ahead(&works, &reports) } else { None };
+        let ahead = ahead.map_or_else(String::new, |s| format!(", trainings about {} more", duration(s)));
         ui.note(format!("stage {} of {}: {} ({so_far} so far{ahead})", n + 1, stages.len(), stage.id));
         if is_interrupted() {
             let id = &stage.id;
